@@ -1,0 +1,1 @@
+"""What everything else stands on: names, configuration, errors, numbers, states, costs, files."""

@@ -1,0 +1,228 @@
+"""A state is a value: what a model remembers of the texts it has read, one row per text.
+
+A state is any nesting of dicts, lists and tuples over tensors whose first axis is the batch, `Growing`
+tensors (key-value caches), and None. Nothing that a model does changes a state that it was given, so a
+state can be kept, forked, reordered, rolled back and saved, for attention, recurrences, convolution
+histories and any mix of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqmix.core.errors import CheckpointError, RangeError
+from seqmix.core.files import write_atomically
+
+State = Any  # a nesting of dict, list, tuple over Tensor, Growing and None
+
+
+class _Storage:
+    """Room for a growing tensor, and the number of the version that wrote to it last."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.stamp = 0
+
+
+class Growing:
+    """A tensor `[B, S, ...]` that grows along S; appending gives a new value and leaves the old one as it was.
+
+    Versions share one storage with spare room. The newest version appends in place, which costs no copy of
+    what is there; an older one (a fork, a roll-back) copies first. So appending to a key-value cache is as
+    cheap as in a mutable cache, and a cache still is a value.
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        self._storage = _Storage(data)
+        self._length = data.shape[1]
+        self._stamp = 0
+
+    @property
+    def tensor(self) -> Tensor:
+        """The `[B, S, ...]` contents, a view."""
+        return self._storage.data[:, : self._length]
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def append(self, new: Tensor) -> Growing:
+        """This tensor followed by `new [B, T, ...]`."""
+        if torch.is_grad_enabled() and (new.requires_grad or self._storage.data.requires_grad):
+            return Growing(torch.cat([self.tensor, new], dim=1))  # autograd wants no in-place writes
+        storage, length = self._storage, self._length + new.shape[1]
+        frozen = storage.data.is_inference() and not torch.is_inference_mode_enabled()
+        if storage.stamp != self._stamp or length > storage.data.shape[1] or frozen:
+            shape = list(self.tensor.shape)
+            shape[1] = length + max(32, length // 4)
+            data = new.new_zeros(shape)
+            data[:, : self._length] = self.tensor
+            storage = _Storage(data)
+        storage.data[:, self._length : length] = new
+        storage.stamp += 1
+        grown = Growing.__new__(Growing)
+        grown._storage, grown._length, grown._stamp = storage, length, storage.stamp
+        return grown
+
+    def __repr__(self) -> str:
+        return f"Growing({list(self.tensor.shape)}, {self.tensor.dtype})"
+
+
+def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
+    """Applies `function` to every tensor of `state` (and the matching ones of `others`), keeping the nesting."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return function(state, *others)
+    if isinstance(state, Growing):
+        return Growing(function(state.tensor, *(other.tensor for other in others)))
+    if isinstance(state, dict):
+        return {k: map_state(function, v, *(o[k] for o in others)) for k, v in state.items()}
+    if isinstance(state, list | tuple):
+        parts = [
+            map_state(function, v, *(o[i] for o in others)) for i, v in enumerate(state)
+        ]
+        return type(state)(parts)
+    raise TypeError(f"a state holds tensors, not {type(state).__name__}")
+
+
+def leaves(state: State) -> Iterator[Tensor]:
+    """Every tensor of the state, in order."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Growing):
+        yield state.tensor
+    elif state is not None:
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from leaves(part)
+
+
+def num_rows(state: State) -> int:
+    """The batch size; 0 for a state without tensors."""
+    return next((leaf.shape[0] for leaf in leaves(state)), 0)
+
+
+def num_bytes(state: State) -> int:
+    """Bytes that the contents take (not the spare room of growing tensors)."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(state))
+
+
+def select_rows(state: State, rows: Tensor | Sequence[int]) -> State:
+    """The given rows, in the given order; a row may repeat. Beam search reorders with it."""
+    first = next(leaves(state), None)
+    if first is None:
+        return state
+    rows = torch.as_tensor(rows, dtype=torch.long, device=first.device)
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < first.shape[0]:
+        raise RangeError(
+            f"select_rows: `rows` runs from {int(rows.min())} to {int(rows.max())}, "
+            f"but the state has rows 0 to {first.shape[0] - 1}."
+        )
+    return map_state(lambda leaf: leaf.index_select(0, rows), state)
+
+
+def fork(state: State, copies: int) -> State:
+    """Every row `copies` times in a row: `[a, b]` becomes `[a, a, b, b]` for two copies."""
+    return map_state(lambda leaf: leaf.repeat_interleave(copies, dim=0), state)
+
+
+def concatenate_rows(states: Sequence[State]) -> State:
+    """One state with the rows of all; growing tensors must have equal lengths."""
+    return map_state(lambda *parts: torch.cat(parts, dim=0), states[0], *states[1:])
+
+
+def detach(state: State) -> State:
+    """The same values, cut from the autograd graph (truncated back-propagation through time)."""
+    return map_state(lambda leaf: leaf.detach(), state)
+
+
+class History:
+    """The last `depth` states of a text, so that up to `depth - 1` tokens can be taken back.
+
+    States share storage where they can, so keeping key-value caches costs nothing extra; a recurrent state
+    is kept once per token.
+    """
+
+    def __init__(self, state: State, *, depth: int) -> None:
+        if depth < 1:
+            raise RangeError(f"History: depth={depth}, wanted at least 1.")
+        self._states: list[State] = [state]
+        self._depth = depth
+
+    @property
+    def state(self) -> State:
+        """The newest state."""
+        return self._states[-1]
+
+    def push(self, state: State) -> None:
+        """Remembers the state after one more token."""
+        self._states = [*self._states, state][-self._depth :]
+
+    def roll_back(self, tokens: int) -> State:
+        """Takes back `tokens` tokens and returns the state before them; raises `RangeError` beyond the depth."""
+        if not 0 <= tokens < len(self._states):
+            raise RangeError(
+                f"roll_back: tokens={tokens}, but this history reaches back {len(self._states) - 1} tokens. "
+                "Make it with a larger `depth`."
+            )
+        self._states = self._states[: len(self._states) - tokens]
+        return self.state
+
+
+def save_state(state: State, path: str | Path) -> Path:
+    """Writes the state to one safetensors file (no pickle), atomically."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_describe(state, "state", tensors))
+    metadata = {"format": "seqmix-state", "structure": structure}
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_state(path: str | Path, *, device: str | torch.device = "cpu") -> State:
+    """Reads what `save_state` wrote; raises `CheckpointError` for anything else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no state at {path}.") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or not a state: {error}.") from None
+    if metadata.get("format") != "seqmix-state":
+        raise CheckpointError(f"{path} is a safetensors file, but not one that save_state wrote.")
+    return _rebuild(json.loads(metadata["structure"]), tensors)
+
+
+def _describe(state: State, name: str, tensors: dict[str, Tensor]) -> Any:
+    if state is None:
+        return None
+    if isinstance(state, Tensor | Growing):
+        tensors[name] = (state if isinstance(state, Tensor) else state.tensor).contiguous().clone()
+        return {"tensor" if isinstance(state, Tensor) else "growing": name}
+    if isinstance(state, dict):
+        return {"dict": {k: _describe(v, f"{name}.{k}", tensors) for k, v in state.items()}}
+    kind = "list" if isinstance(state, list) else "tuple"
+    return {kind: [_describe(v, f"{name}.{i}", tensors) for i, v in enumerate(state)]}
+
+
+def _rebuild(structure: Any, tensors: dict[str, Tensor]) -> State:
+    if structure is None:
+        return None
+    (kind, content), *_ = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "growing":
+        return Growing(tensors[content])
+    if kind == "dict":
+        return {k: _rebuild(v, tensors) for k, v in content.items()}
+    parts = [_rebuild(v, tensors) for v in content]
+    return parts if kind == "list" else tuple(parts)

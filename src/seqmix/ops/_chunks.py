@@ -1,0 +1,64 @@
+"""Pieces that chunked forms share. Axes: ... any, M chunks, C places in a chunk, K key width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# exp(-80) is zero beside any float32 value; a finite bound keeps cumulative sums exact after a hard reset.
+LOWEST_LOG_DECAY = -80.0
+
+
+def into_chunks(x: Tensor, chunk: int) -> Tensor:
+    """`[B, T, H, ...]` to `[B, H, M, C, ...]`, zero-padded at the end."""
+    batch, length, heads = x.shape[:3]
+    missing = -length % chunk
+    if missing:
+        x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, missing])
+    x = x.reshape(batch, -1, chunk, heads, *x.shape[3:])
+    return x.movedim(3, 1)
+
+
+def from_chunks(x: Tensor, length: int) -> Tensor:
+    """`[B, H, M, C, ...]` to `[B, T, H, ...]`."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :length]
+
+
+def decay_matrix(log_decay: Tensor) -> Tensor:
+    """`exp(sum of log_decay over (j, i])` for i >= j, else 0: `[..., C]` to `[..., C, C]`.
+
+    The mask comes before the exponential, and differences are taken of one running sum, so nothing
+    overflows however strong the decay.
+    """
+    total = log_decay.cumsum(-1)
+    difference = total.unsqueeze(-1) - total.unsqueeze(-2)
+    size = log_decay.shape[-1]
+    future = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
+    return difference.masked_fill(future, -torch.inf).exp()
+
+
+def decayed_scores(q: Tensor, k: Tensor, total: Tensor, *, smallest: int = 8) -> Tensor:
+    """`sum_c q[i, c] k[j, c] exp(total[i, c] - total[j, c])` for i >= j, else 0, as `[..., C, C]`.
+
+    `total [..., C, K]` is the running sum of a log decay per key dimension. exp(total[i]) * exp(-total[j])
+    would overflow, so the square is halved again and again: a later half meets an earlier one through the
+    total at the border between them, which splits the exponential in two factors of at most 1, and only
+    blocks of `smallest` are summed entry by entry (GLA, section 4.2: secondary chunking).
+    """
+    size = q.shape[-2]
+    if size <= smallest or size % 2:
+        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+        difference = total.unsqueeze(-2) - total.unsqueeze(-3)
+        weight = difference.masked_fill(future.unsqueeze(-1), -torch.inf).exp()
+        return torch.einsum("...ic,...jc,...ijc->...ij", q, k, weight)
+    half = size // 2
+    diagonal = decayed_scores(
+        *(x.unflatten(-2, (2, half)) for x in (q, k, total)), smallest=smallest
+    )
+    border = total[..., half - 1 : half, :]
+    later = q[..., half:, :] * (total[..., half:, :] - border).exp()
+    earlier = k[..., :half, :] * (border - total[..., :half, :]).exp()
+    lower = later @ earlier.transpose(-1, -2)
+    top = torch.cat([diagonal[..., 0, :, :], torch.zeros_like(lower)], dim=-1)
+    return torch.cat([top, torch.cat([lower, diagonal[..., 1, :, :]], dim=-1)], dim=-2)

@@ -1,0 +1,280 @@
+"""What an operator is: one mathematical function, its definition, and the forms that compute it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from seqmix.core.cost import Cost
+from seqmix.core.errors import DtypeError, NoUsableForm, RangeError, ShapeError, UnknownName
+
+
+def _always(*inputs: Any, **options: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute an operator, with the definition's signature.
+
+    `why_not` gets the same arguments and returns None, or one sentence that says why it cannot run.
+    """
+
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None] = _always
+    trains: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes (by axis letter) and options for which an operator is checked, timed or costed."""
+
+    name: str
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.sizes[key] if key in self.sizes else self.options[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.sizes.get(key, self.options.get(key, default))
+
+    def at(self, name: str | None = None, **sizes: int) -> Case:
+        """The same case with other sizes."""
+        return replace(self, name=name or self.name, sizes={**self.sizes, **sizes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One operator: what a reader checks against the paper, and what every other part derives from it.
+
+    `axes` gives the layout of each tensor argument of `function` as axis letters, e.g. "B T H K" (several
+    layouts in a tuple); a token `T*steps` is a product with an integer option. The letters T and S are time.
+    `value` names the argument in which the operator is linear, from which mixing matrices are derived.
+    Zero padding of every time-wise input of a form (after the public function has prepared it) must leave
+    the state unchanged, which is how packed sequences are computed.
+    """
+
+    function: Callable[..., Any]
+    equation: str
+    source: str
+    axes: Mapping[str, str | tuple[str, ...]]
+    definition: Callable[..., Any]
+    forms: Mapping[str, Form]
+    sample: Callable[[Case, Generator], dict[str, Any]]
+    cases: Sequence[Case]
+    timing: Sequence[Case]
+    cost: Callable[[Case], Cost]
+    value: str | None = None
+    chunk: int = 64
+    extreme: Callable[[Case, Generator], dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def has_state(self) -> bool:
+        return "initial_state" in self.axes
+
+    def reasons(self, *inputs: Any, **options: Any) -> dict[str, str | None]:
+        """For each form, in order of preference: None if it can run on these inputs, else why not."""
+        return {n: form.why_not(*inputs, **options) for n, form in self.forms.items()}
+
+    def run(self, form: str | None, *inputs: Any, **options: Any) -> Any:
+        """Runs the named form, or the first that can; the definition is the last resort, with a warning."""
+        if form is not None and form != "definition":
+            if form not in self.forms:
+                raise UnknownName(f"form of {self.name}", form, [*self.forms, "definition"])
+            if reason := self.forms[form].why_not(*inputs, **options):
+                raise NoUsableForm(self.name, {form: reason})
+            return self._call(form, self.forms[form].run, inputs, options)
+        rejected: dict[str, str] = {}
+        if form is None:
+            for name, candidate in self.forms.items():
+                reason = candidate.why_not(*inputs, **options)
+                if reason is None:
+                    return self._call(name, candidate.run, inputs, options)
+                rejected[name] = reason
+            _warn_once(self.name, rejected)
+        return self._call("definition", self.definition, inputs, options)
+
+    def _call(self, form: str, run: Callable[..., Any], inputs: Any, options: Any) -> Any:
+        for record in _records:
+            record.add((self.name, form))
+        return run(*inputs, **options)
+
+
+_records: list[set[tuple[str, str]]] = []
+_warned: set[str] = set()
+
+
+@contextmanager
+def record_forms() -> Iterator[set[tuple[str, str]]]:
+    """Collects the (operator, form) pairs that run inside the block: which implementation was in use."""
+    record: set[tuple[str, str]] = set()
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
+
+
+def _warn_once(operator: str, rejected: dict[str, str]) -> None:
+    if operator not in _warned:
+        _warned.add(operator)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        warnings.warn(
+            f"{operator} runs its definition, a slow loop over tokens ({reasons}).", stacklevel=4
+        )
+
+
+def check_tensors(
+    operator: str,
+    axes: Mapping[str, str | tuple[str, ...]],
+    tensors: Mapping[str, Tensor | None],
+    **sizes: int,
+) -> dict[str, int]:
+    """Checks each tensor against its axes and returns the size of every letter.
+
+    Sizes are bound in the order of `tensors`, after those given. None stands for an absent optional
+    argument. Raises `ShapeError` or `DtypeError` naming the argument, what came and what was wanted.
+    """
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(
+                f"{operator}: `{name}` is {type(tensor).__name__}, wanted a torch.Tensor. "
+                "Convert it with torch.as_tensor."
+            )
+        if not tensor.is_floating_point():
+            raise DtypeError(
+                f"{operator}: `{name}` has dtype {_dtype(tensor)}, wanted a floating-point dtype. "
+                f"Pass {name}.float()."
+            )
+        if device is not None and tensor.device != device:
+            raise DtypeError(
+                f"{operator}: `{name}` is on {tensor.device}, the arguments before it on {device}. "
+                f"Pass {name}.to({str(device)!r})."
+            )
+        device = tensor.device
+        layouts = axes[name] if isinstance(axes[name], tuple) else (axes[name],)
+        sizes = _bind(operator, name, tensor, [layout.split() for layout in layouts], sizes)
+    return sizes
+
+
+def _bind(
+    operator: str, name: str, tensor: Tensor, layouts: list[list[str]], sizes: dict[str, int]
+) -> dict[str, int]:
+    shape = list(tensor.shape)
+    for layout in layouts:
+        bound = dict(sizes)
+        if len(layout) == len(shape) and all(
+            _matches(token, size, bound) for token, size in zip(layout, shape, strict=True)
+        ):
+            return bound
+    wanted = " or ".join(
+        f"[{', '.join(layout)}] = [{', '.join(_size(token, sizes) for token in layout)}]"
+        for layout in layouts
+    )
+    raise ShapeError(
+        f"{operator}: `{name}` has shape {shape}, wanted {wanted}.{_mend(name, shape, layouts, sizes)}"
+    )
+
+
+def _matches(token: str, size: int, sizes: dict[str, int]) -> bool:
+    """Whether `size` fits the axis; binds a letter seen for the first time."""
+    letter, _, option = token.partition("*")
+    if option:
+        return size == sizes[letter] * sizes[option] if letter in sizes else False
+    return sizes.setdefault(letter, size) == size
+
+
+def _size(token: str, sizes: dict[str, int]) -> str:
+    if token in sizes:
+        return str(sizes[token])
+    letter, _, option = token.partition("*")
+    if option and letter in sizes:
+        return str(sizes[letter] * sizes[option])
+    return "any"
+
+
+def _mend(name: str, shape: list[int], layouts: list[list[str]], sizes: dict[str, int]) -> str:
+    for layout in layouts:
+        if len(layout) == len(shape) and len(shape) > 2:
+            swapped = [shape[0], shape[2], shape[1], *shape[3:]]
+            if swapped != shape and all(
+                _size(token, sizes) in ("any", str(size))
+                for token, size in zip(layout, swapped, strict=True)
+            ):
+                return f" It looks head-first: pass {name}.transpose(1, 2)."
+    if all(len(layout) != len(shape) for layout in layouts):
+        return f" It has {len(shape)} axes: reshape or unsqueeze it to this layout (time second)."
+    return " Make its sizes agree with the arguments before it."
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_not_positive(operator: str, name: str, tensor: Tensor | None) -> None:
+    """Decays are given as logarithms: raises `RangeError` where one is above 0 or NaN."""
+    if tensor is not None and tensor.numel() and not bool((tensor.detach() <= 0).all()):
+        raise RangeError(
+            f"{operator}: `{name}` reaches {float(tensor.detach().max()):.4g}, wanted log decays of at most 0 "
+            f"(and no NaN). Pass the logarithm of a decay in (0, 1], e.g. torch.nn.functional.logsigmoid({name})."
+        )
+
+
+class Packing:
+    """Texts of different lengths laid end to end in one row `[1, total, ...]`, bounded by `cu_seqlens [N+1]`.
+
+    `unpack` gives one zero-padded row per text, `[N, longest, ...]`; `pack` goes back.
+    """
+
+    def __init__(self, operator: str, cu_seqlens: Tensor, like: Tensor) -> None:
+        bounds = cu_seqlens.detach().to("cpu", torch.long) if isinstance(cu_seqlens, Tensor) else None
+        if bounds is None or cu_seqlens.is_floating_point() or bounds.ndim != 1 or len(bounds) < 2:
+            raise ShapeError(
+                f"{operator}: `cu_seqlens` must be an integer tensor [N+1] of boundaries such as [0, 5, 12], "
+                f"got {cu_seqlens!r}."
+            )
+        batch, total = like.shape[:2]
+        if batch != 1:
+            raise ShapeError(
+                f"{operator}: with `cu_seqlens` the batch must be 1, got {batch}. "
+                "Flatten the batch: x.reshape(1, B * T, ...)."
+            )
+        lengths = bounds.diff()
+        if bounds[0] != 0 or bounds[-1] != total or bool((lengths < 0).any()):
+            raise RangeError(
+                f"{operator}: `cu_seqlens` must rise from 0 to the total length {total}, got {bounds.tolist()}."
+            )
+        self.lengths = lengths.to(like.device)
+        self.num_texts = len(lengths)
+        self.longest = int(lengths.max())
+        text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        place = torch.arange(total) - bounds[:-1][text]
+        self.index = (text * self.longest + place).to(like.device)  # where token i of the row goes
+
+    def unpack(self, tensor: Tensor | None, *, times: int = 1) -> Tensor | None:
+        """`[1, total * times, ...]` to `[N, longest * times, ...]`, zeros after the end of each text."""
+        if tensor is None:
+            return None
+        rest = tensor.shape[2:]
+        rows = tensor.reshape(-1, times, *rest)
+        padded = rows.new_zeros(self.num_texts * self.longest, times, *rest)
+        padded = padded.index_copy(0, self.index, rows)
+        return padded.reshape(self.num_texts, self.longest * times, *rest)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """`[N, longest, ...]` to `[1, total, ...]`."""
+        return tensor.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
