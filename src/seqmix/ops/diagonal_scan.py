@@ -1,0 +1,145 @@
+"""Diagonal scan: every channel remembers one number, which each token decays and adds to.
+
+    h_t = exp(a_t) h_{t-1} + x_t
+
+Axes: B batch, T time, D channels; M chunks, C places in a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from seqmix.core.cost import Cost
+from seqmix.core.numerics import widen
+from seqmix.ops._operator import (
+    Case,
+    Form,
+    Operator,
+    Packing,
+    check_not_positive,
+    check_tensors,
+)
+
+CHUNK = 32
+SHORT = 4  # up to here the loop over tokens beats a chunk
+AXES = {"x": "B T D", "a": "B T D", "initial_state": "R D"}
+
+
+def diagonal_scan(
+    x: Tensor,
+    a: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """h_t = exp(a_t) h_{t-1} + x_t.
+
+    Args:
+        x: what each token adds, [B, T, D].
+        a: log decays of at most 0, [B, T, D].
+        initial_state: h before the first token, [B, D]; zeros by default.
+        output_final_state: whether to return h after the last token.
+        cu_seqlens: boundaries [N+1] of N texts packed in one row (B = 1); states then have N rows.
+        form: forces one form (`recurrent`, `chunked`, `definition`).
+
+    Returns:
+        h [B, T, D] in the dtype of x, and the last h [B, D] in float32 (float64 for float64 inputs) or None.
+
+    Raises:
+        ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
+        NoUsableForm: when `form` cannot run here.
+
+    Source: Blelloch 1990 (first-order recurrences); Martin & Cundy 2018, section 2.
+    """
+    sizes = check_tensors("diagonal_scan", AXES, {"x": x, "a": a})
+    check_not_positive("diagonal_scan", "a", a)
+    packing = None if cu_seqlens is None else Packing("diagonal_scan", cu_seqlens, x)
+    rows = packing.num_texts if packing else sizes["B"]
+    bound = {"R": rows, "D": sizes["D"]}
+    check_tensors("diagonal_scan", AXES, {"initial_state": initial_state}, **bound)
+
+    dtype = x.dtype
+    x, a, state = widen(x, a, initial_state)
+    if packing:
+        x, a = packing.unpack(x), packing.unpack(a)
+    if state is None:
+        state = x.new_zeros(rows, sizes["D"])
+    h, state = OPERATOR.run(form, x, a, state)
+    if packing:
+        h = packing.pack(h)
+    return h.to(dtype), state if output_final_state else None
+
+
+def definition(x: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token."""
+    outputs = []
+    for t in range(x.shape[1]):
+        state = a[:, t].exp() * state + x[:, t]
+        outputs.append(state)
+    return torch.stack(outputs, dim=1), state
+
+
+def sample(case: Case, generator: Generator) -> dict[str, Any]:
+    """Random inputs in the legal range, as arguments of `diagonal_scan`."""
+
+    def normal(*letters: str) -> Tensor:
+        return torch.randn(*(case[letter] for letter in letters), generator=generator)
+
+    return {
+        "x": normal("B", "T", "D"),
+        "a": F.logsigmoid(normal("B", "T", "D") + case.get("bias", 1.0)),
+        "initial_state": normal("B", "D"),
+    }
+
+
+def extreme(case: Case, generator: Generator) -> dict[str, Any]:
+    """Decays from none to a complete reset, side by side."""
+    inputs = sample(case, generator)
+    levels = torch.tensor([0.0, -1e-6, -1.0, -30.0, -1e4, -torch.inf])
+    inputs["a"] = levels[torch.randint(len(levels), inputs["a"].shape, generator=generator)]
+    return inputs
+
+
+def cost(case: Case) -> Cost:
+    """Of the chunked form: two passes over each entry, the decay counted as one operation."""
+    B, T, D = (case[letter] for letter in "BTD")
+    return Cost(flops=6 * B * T * D, bytes=4 * 6 * B * T * D, state_bytes=4 * B * D)
+
+
+SIZES = {"B": 2, "T": 37, "D": 10}
+
+OPERATOR = Operator(
+    function=diagonal_scan,
+    equation=r"h_t = e^{a_t} h_{t-1} + x_t",
+    source="Blelloch 1990 (CMU-CS-90-190); Martin & Cundy 2018 (arXiv:1709.04057)",
+    axes=AXES,
+    definition=definition,
+    forms={
+        "recurrent": Form(
+            definition,
+            lambda x, *_: None
+            if x.shape[1] <= SHORT
+            else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+        ),
+    },
+    sample=sample,
+    extreme=extreme,
+    cases=[
+        Case("plain", SIZES),
+        Case("strong_decay", SIZES, {"bias": -4.0}),
+        Case("weak_decay", {**SIZES, "T": 150}, {"bias": 9.0}),
+    ],
+    timing=[
+        Case("one_text", {"B": 1, "T": 2048, "D": 256}),
+        Case("batch", {"B": 8, "T": 2048, "D": 256}),
+    ],
+    cost=cost,
+    value="x",
+    chunk=CHUNK,
+)

@@ -1,0 +1,192 @@
+"""Selective scan (Mamba): a diagonal state space whose step size, input and output maps follow the token.
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t        y_t = C_t . h_t + D u_t
+
+Each of the E channels has a state of width N of its own; B_t and C_t are shared by all channels.
+Axes: B batch, T time, E channels, N state width; C places in a chunk (the first axis inside a chunk).
+The arguments B and C keep the paper's names, which are not the axes B and C.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from seqmix.core.cost import Cost
+from seqmix.core.numerics import widen
+from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+from seqmix.ops._step_size import check_decay_rate, step_size
+
+CHUNK = 32
+SHORT = 4  # up to here the loop over tokens beats a chunk
+AXES = {
+    "u": "B T E",
+    "delta": "B T E",
+    "A": "E N",
+    "B": "B T N",
+    "C": "B T N",
+    "D": "E",
+    "z": "B T E",
+    "delta_bias": "E",
+    "initial_state": "R E N",
+}
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = (C_t . h_t + D u_t) * silu(z_t).
+
+    Args:
+        u: inputs, [B, T, E].
+        delta: step sizes, [B, T, E]; with `delta_bias` added and after the softplus, if any, at least 0.
+        A: decay rates, [E, N], finite and at most 0.
+        B, C: input and output maps, [B, T, N].
+        D: weight of the input in the output, [E]; none by default.
+        z: gate of the output, [B, T, E]; none by default.
+        delta_bias: added to delta, [E].
+        delta_softplus: whether delta passes through log(1 + exp(.)), after the bias.
+        initial_state: h before the first token, [B, E, N]; zeros by default.
+        output_final_state: whether to return h after the last token.
+        cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
+        form: forces one form (`recurrent`, `chunked`, `definition`).
+
+    Returns:
+        y [B, T, E] in the dtype of u, and h [B, E, N] in float32 (float64 for float64 inputs) or None.
+
+    Raises:
+        ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
+        NoUsableForm: when `form` cannot run here.
+
+    Source: Gu & Dao 2023 (Mamba), eq. 2a and 4 with B discretised as delta * B, algorithm 2.
+    """
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+    sizes = check_tensors("selective_scan", AXES, {**tensors, "delta_bias": delta_bias})
+    check_decay_rate("selective_scan", "A", A)
+    packing = None if cu_seqlens is None else Packing("selective_scan", cu_seqlens, u)
+    rows = packing.num_texts if packing else sizes["B"]
+    bound = {"R": rows, "E": sizes["E"], "N": sizes["N"]}
+    check_tensors("selective_scan", AXES, {"initial_state": initial_state}, **bound)
+
+    dtype = u.dtype
+    u, delta, A, B, C, D, z, delta_bias, state = widen(
+        u, delta, A, B, C, D, z, delta_bias, initial_state
+    )
+    delta = step_size("selective_scan", "delta", delta, delta_bias, softplus=delta_softplus)
+    if state is None:
+        state = u.new_zeros(rows, sizes["E"], sizes["N"])
+    inputs = (u, delta, B, C)
+    if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
+        inputs = tuple(packing.unpack(x) for x in inputs)
+    y, state = OPERATOR.run(form, inputs[0], inputs[1], A, inputs[2], inputs[3], state)
+    if packing:
+        y = packing.pack(y)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * F.silu(z)
+    return y.to(dtype), state if output_final_state else None
+
+
+def definition(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token."""
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = (delta[:, t, :, None] * A).exp()
+        state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        outputs.append((state @ C[:, t, :, None]).squeeze(-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def sample(case: Case, generator: Generator) -> dict[str, Any]:
+    """Random inputs in the legal range, as arguments of `selective_scan`."""
+
+    def normal(*letters: str) -> Tensor:
+        return torch.randn(*(case[letter] for letter in letters), generator=generator)
+
+    inputs: dict[str, Any] = {"u": normal("B", "T", "E")}
+    if case.get("softplus"):
+        inputs |= {"delta": normal("B", "T", "E"), "delta_bias": normal("E") - 1.0}
+        inputs["delta_softplus"] = True
+    else:
+        inputs["delta"] = F.softplus(normal("B", "T", "E") + case.get("bias", -1.0))
+    inputs |= {"A": -normal("E", "N").exp(), "B": normal("B", "T", "N"), "C": normal("B", "T", "N")}
+    if case.get("gated"):
+        inputs |= {"D": normal("E"), "z": normal("B", "T", "E")}
+    return inputs | {"initial_state": normal("B", "E", "N")}
+
+
+def extreme(case: Case, generator: Generator) -> dict[str, Any]:
+    """Steps and rates from nothing to a complete reset, side by side."""
+    inputs = sample(case, generator)
+    steps = torch.tensor([0.0, 1e-6, 1.0, 30.0, 1e3])
+    if case.get("softplus"):
+        steps = torch.tensor([-1e4, -20.0, 0.0, 30.0, 1e3])
+    rates = torch.tensor([0.0, -1e-6, -1.0, -1e4])
+    for name, levels in (("delta", steps), ("A", rates)):
+        inputs[name] = levels[torch.randint(len(levels), inputs[name].shape, generator=generator)]
+    return inputs
+
+
+def cost(case: Case) -> Cost:
+    """Per token, channel and state entry: the decay (an exponential counts as one), h, and C . h."""
+    B, T, E, N = (case[letter] for letter in "BTEN")
+    flops = B * T * E * (7 * N + 1)
+    moved = 4 * B * (T * (3 * E + 2 * N) + -(-T // CHUNK) * 2 * E * N)
+    return Cost(flops=flops, bytes=moved, state_bytes=4 * B * E * N)
+
+
+SIZES = {"B": 2, "T": 37, "E": 6, "N": 4}
+TIMING = {"B": 1, "T": 2048, "E": 256, "N": 16}
+
+OPERATOR = Operator(
+    function=selective_scan,
+    equation=(
+        r"h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t,\quad y_t = C_t^\top h_t + D u_t"
+    ),
+    source="Gu & Dao 2023 (arXiv:2312.00752)",
+    axes=AXES,
+    definition=definition,
+    forms={
+        "recurrent": Form(
+            definition,
+            lambda u, *_: None
+            if u.shape[1] <= SHORT
+            else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+        ),
+    },
+    sample=sample,
+    extreme=extreme,
+    cases=[
+        Case("plain", SIZES),
+        Case("gated", SIZES, {"gated": True}),
+        Case("softplus", SIZES, {"softplus": True, "gated": True}),
+        Case("strong_decay", SIZES, {"bias": 4.0}),
+        Case("weak_decay", {**SIZES, "T": 150}, {"bias": -7.0}),
+    ],
+    timing=[
+        Case("one_text", TIMING),
+        Case("batch", {**TIMING, "B": 4}, {"gated": True, "softplus": True}),
+    ],
+    cost=cost,
+    value="u",
+    chunk=CHUNK,
+)

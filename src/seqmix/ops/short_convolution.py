@@ -1,0 +1,179 @@
+"""Short convolution: each channel mixes the last few tokens with weights of its own.
+
+    y_t = activation(sum_i weight[:, W-1-i] x_{t-i} + bias),  i = 0 ... W-1
+
+The state is the last W-1 inputs, oldest first, so a text can be continued and texts shorter than the
+window hand on what they did not push out.
+Axes: B batch, T time, D channels, W window; J = W-1 places of history.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from seqmix.core.cost import Cost
+from seqmix.core.errors import RangeError, ShapeError
+from seqmix.core.numerics import widen
+from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+
+AXES = {"x": "B T D", "weight": "D W", "bias": "D", "initial_state": "R J D"}
+ACTIVATIONS = (None, "silu")
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y_t = activation(sum_i weight[:, W-1-i] x_{t-i} + bias): a causal depthwise convolution.
+
+    Args:
+        x: inputs, [B, T, D].
+        weight: taps of each channel, [D, W]; the last one meets the current token.
+        bias: added to every output, [D]; none by default.
+        activation: None or "silu".
+        initial_state: the W-1 inputs before the first token, oldest first, [B, W-1, D]; zeros by default.
+        output_final_state: whether to return the last W-1 inputs.
+        cu_seqlens: boundaries [N+1] of N texts packed in one row (B = 1); states then have N rows.
+        form: forces one form (`shifted`, `conv1d`, `definition`).
+
+    Returns:
+        y [B, T, D] in the dtype of x, and the history [B, W-1, D] in float32 (float64 for float64 inputs)
+        or None.
+
+    Raises:
+        ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
+        NoUsableForm: when `form` cannot run here.
+
+    Source: Gu & Dao 2023 (Mamba), section 3.4; Fu et al. 2022 (H3), the shift state space.
+    """
+    sizes = check_tensors("short_convolution", AXES, {"x": x, "weight": weight, "bias": bias})
+    window = sizes["W"]
+    if window < 1:
+        raise ShapeError("short_convolution: `weight` has no taps, wanted [D, W] with W of at least 1.")
+    if activation not in ACTIVATIONS:
+        raise RangeError(
+            f"short_convolution: `activation` is {activation!r}, wanted None or 'silu'. "
+            "Apply another function to the output."
+        )
+    packing = None if cu_seqlens is None else Packing("short_convolution", cu_seqlens, x)
+    rows = packing.num_texts if packing else sizes["B"]
+    bound = {"R": rows, "J": window - 1, "D": sizes["D"]}
+    check_tensors("short_convolution", AXES, {"initial_state": initial_state}, **bound)
+
+    dtype = x.dtype
+    x, weight, bias, history = widen(x, weight, bias, initial_state)
+    if packing:
+        x = packing.unpack(x)
+    if history is None:
+        history = x.new_zeros(rows, window - 1, sizes["D"])
+    extended = torch.cat([history, x], dim=1)  # [B, J + T, D]
+    y = OPERATOR.run(form, extended, weight)
+    if packing:
+        y = packing.pack(y)
+    if bias is not None:
+        y = y + bias
+    if activation == "silu":
+        y = F.silu(y)
+    if not output_final_state:
+        return y.to(dtype), None
+    if not packing:
+        return y.to(dtype), extended[:, extended.shape[1] - (window - 1) :]
+    # Text n of length L ends at place J + L of its row: its history is the J places before that.
+    places = packing.lengths[:, None] + torch.arange(window - 1, device=x.device)
+    return y.to(dtype), extended[torch.arange(rows, device=x.device)[:, None], places]
+
+
+def definition(extended: Tensor, weight: Tensor) -> Tensor:
+    """The sum, token by token; `extended [B, J + T, D]` begins with the history."""
+    window = weight.shape[1]
+    outputs = []
+    for t in range(extended.shape[1] - window + 1):
+        outputs.append((extended[:, t : t + window] * weight.T).sum(1))
+    return torch.stack(outputs, dim=1)
+
+
+def shifted(extended: Tensor, weight: Tensor) -> Tensor:
+    """One product with the whole sequence per tap."""
+    window = weight.shape[1]
+    length = extended.shape[1] - window + 1
+    y = extended[:, :length] * weight[:, 0]
+    for tap in range(1, window):
+        y = torch.addcmul(y, extended[:, tap : tap + length], weight[:, tap])
+    return y
+
+
+def conv1d(extended: Tensor, weight: Tensor) -> Tensor:
+    """The library's grouped convolution, one group per channel."""
+    y = F.conv1d(extended.transpose(1, 2), weight.unsqueeze(1), groups=weight.shape[0])
+    return y.transpose(1, 2)
+
+
+def sample(case: Case, generator: Generator) -> dict[str, Any]:
+    """Random inputs, as arguments of `short_convolution`."""
+
+    def normal(*letters: str) -> Tensor:
+        return torch.randn(*(case[letter] for letter in letters), generator=generator)
+
+    inputs: dict[str, Any] = {"x": normal("B", "T", "D"), "weight": normal("D", "W")}
+    if case.get("bias"):
+        inputs["bias"] = normal("D")
+    if case.get("activation"):
+        inputs["activation"] = case["activation"]
+    state = torch.randn(case["B"], case["W"] - 1, case["D"], generator=generator)
+    return inputs | {"initial_state": state}
+
+
+def extreme(case: Case, generator: Generator) -> dict[str, Any]:
+    """Inputs from nothing to very large, side by side."""
+    inputs = sample(case, generator)
+    levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
+    inputs["x"] = levels[torch.randint(len(levels), inputs["x"].shape, generator=generator)]
+    return inputs
+
+
+def cost(case: Case) -> Cost:
+    """One multiplication and one addition per tap; input read once, output written once."""
+    B, T, D, W = (case[letter] for letter in "BTDW")
+    return Cost(
+        flops=2 * B * T * D * W,
+        bytes=4 * (2 * B * T * D + D * W),
+        state_bytes=4 * B * (W - 1) * D,
+    )
+
+
+SIZES = {"B": 2, "T": 37, "D": 6, "W": 4}
+TIMING = {"B": 1, "T": 2048, "D": 512, "W": 4}
+
+OPERATOR = Operator(
+    function=short_convolution,
+    equation=r"y_t = \sum_{i=0}^{W-1} w_{W-1-i} \odot x_{t-i} + b",
+    source="Gu & Dao 2023 (arXiv:2312.00752); Fu et al. 2022 (arXiv:2212.14052)",
+    axes=AXES,
+    definition=definition,
+    forms={"shifted": Form(shifted), "conv1d": Form(conv1d)},
+    sample=sample,
+    extreme=extreme,
+    cases=[
+        Case("plain", SIZES),
+        Case("biased", SIZES, {"bias": True, "activation": "silu"}),
+        Case("one_tap", {**SIZES, "W": 1}),
+        Case("wide", {**SIZES, "W": 9}, {"bias": True}),
+    ],
+    timing=[
+        Case("four_taps", TIMING, {"bias": True, "activation": "silu"}),
+        Case("batch", {**TIMING, "B": 4}, {"bias": True, "activation": "silu"}),
+    ],
+    cost=cost,
+    chunk=4,
+)

@@ -1,0 +1,205 @@
+"""State space dual (Mamba-2): a selective state space with one decay per head, computed as attention.
+
+    h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T        y_t = h_t^T C_t + D x_t
+
+This is linear attention with q = C, k = B, v = dt x and the scalar log decay dt A. Neighbouring heads form
+G groups, each of which shares its B and C.
+Axes: B batch, T time, H heads, G groups (H a multiple of G), N key width, P value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from seqmix.core.cost import Cost
+from seqmix.core.errors import ShapeError
+from seqmix.core.numerics import widen
+from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+from seqmix.ops._step_size import check_decay_rate, step_size
+from seqmix.ops.linear_attention import CHUNK
+from seqmix.ops.linear_attention import chunked as linear_attention_chunked
+from seqmix.ops.linear_attention import cost as linear_attention_cost
+
+SHORT = 4  # up to here the loop over tokens beats a chunk
+AXES = {
+    "x": "B T H P",
+    "dt": "B T H",
+    "A": "H",
+    "B": "B T G N",
+    "C": "B T G N",
+    "D": "H",
+    "dt_bias": "H",
+    "initial_state": "R H N P",
+}
+
+
+def state_space_dual(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T, y_t = h_t^T C_t + D x_t.
+
+    Args:
+        x: inputs, [B, T, H, P].
+        dt: step sizes, [B, T, H]; with `dt_bias` added and after the softplus, if any, at least 0.
+        A: decay rate of each head, [H], finite and at most 0.
+        B, C: input and output maps, [B, T, G, N] with H a multiple of G; head h reads group h // (H / G).
+        D: weight of the input in the output, [H]; none by default.
+        dt_bias: added to dt, [H].
+        dt_softplus: whether dt passes through log(1 + exp(.)), after the bias.
+        initial_state: h before the first token, [B, H, N, P]; zeros by default.
+        output_final_state: whether to return h after the last token.
+        cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
+        form: forces one form (`recurrent`, `chunked`, `definition`).
+
+    Returns:
+        y [B, T, H, P] in the dtype of x, and h [B, H, N, P] in float32 (float64 for float64 inputs) or None.
+
+    Raises:
+        ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
+        NoUsableForm: when `form` cannot run here.
+
+    Source: Dao & Gu 2024 (Mamba-2), sections 3, 5 and 6.
+    """
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
+    sizes = check_tensors("state_space_dual", AXES, tensors)
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+        raise ShapeError(
+            f"state_space_dual: `B` and `C` have {sizes['G']} groups, `x` has {sizes['H']} heads, wanted a "
+            "divisor of the number of heads. Choose a number of groups that divides it."
+        )
+    check_decay_rate("state_space_dual", "A", A)
+    packing = None if cu_seqlens is None else Packing("state_space_dual", cu_seqlens, x)
+    rows = packing.num_texts if packing else sizes["B"]
+    bound = {"R": rows, "H": sizes["H"], "N": sizes["N"], "P": sizes["P"]}
+    check_tensors("state_space_dual", AXES, {"initial_state": initial_state}, **bound)
+
+    dtype = x.dtype
+    x, dt, A, B, C, D, dt_bias, state = widen(x, dt, A, B, C, D, dt_bias, initial_state)
+    dt = step_size("state_space_dual", "dt", dt, dt_bias, softplus=dt_softplus)
+    if state is None:
+        state = x.new_zeros(rows, sizes["H"], sizes["N"], sizes["P"])
+    inputs = (x, dt, B, C)
+    if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
+        inputs = tuple(packing.unpack(tensor) for tensor in inputs)
+    y, state = OPERATOR.run(form, inputs[0], inputs[1], A, inputs[2], inputs[3], state)
+    if packing:
+        y = packing.pack(y)
+    if D is not None:
+        y = y + D[:, None] * x
+    return y.to(dtype), state if output_final_state else None
+
+
+def definition(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token."""
+    group = torch.arange(x.shape[2], device=x.device) // (x.shape[2] // B.shape[2])
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = (dt[:, t] * A).exp()
+        written = B[:, t, group, :, None] * (dt[:, t, :, None] * x[:, t])[..., None, :]
+        state = decay[..., None, None] * state + written
+        outputs.append((C[:, t, group, None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, dim=1), state
+
+
+def chunked(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The chunked form of linear attention, heads sharing the keys and queries of their group."""
+    heads = x.shape[2]
+    q, k = (
+        group.unsqueeze(3).expand(-1, -1, -1, heads // group.shape[2], -1).flatten(2, 3)
+        for group in (C, B)
+    )
+    return linear_attention_chunked(q, k, dt.unsqueeze(-1) * x, dt * A, state)
+
+
+def sample(case: Case, generator: Generator) -> dict[str, Any]:
+    """Random inputs in the legal range, as arguments of `state_space_dual`."""
+
+    def normal(*letters: str) -> Tensor:
+        return torch.randn(*(case[letter] for letter in letters), generator=generator)
+
+    inputs: dict[str, Any] = {"x": normal("B", "T", "H", "P")}
+    if case.get("softplus"):
+        inputs |= {"dt": normal("B", "T", "H"), "dt_bias": normal("H") - 1.0, "dt_softplus": True}
+    else:
+        inputs["dt"] = F.softplus(normal("B", "T", "H") + case.get("bias", -1.0))
+    inputs["A"] = -normal("H").exp()
+    inputs |= {name: normal("B", "T", "G", "N") for name in ("B", "C")}
+    if case.get("skip"):
+        inputs["D"] = normal("H")
+    return inputs | {"initial_state": normal("B", "H", "N", "P")}
+
+
+def extreme(case: Case, generator: Generator) -> dict[str, Any]:
+    """Steps and rates from nothing to a complete reset, side by side."""
+    inputs = sample(case, generator)
+    steps = torch.tensor([0.0, 1e-6, 1.0, 30.0, 1e3])
+    if case.get("softplus"):
+        steps = torch.tensor([-1e4, -20.0, 0.0, 30.0, 1e3])
+    rates = torch.tensor([0.0, -1e-6, -1.0, -1e4])
+    for name, levels in (("dt", steps), ("A", rates)):
+        inputs[name] = levels[torch.randint(len(levels), inputs[name].shape, generator=generator)]
+    return inputs
+
+
+def cost(case: Case) -> Cost:
+    """That of chunked linear attention with key width N and value width P."""
+    return linear_attention_cost(case.at(K=case["N"], V=case["P"]))
+
+
+SIZES = {"B": 2, "T": 37, "H": 4, "G": 1, "N": 8, "P": 6}
+TIMING = {"B": 1, "T": 2048, "H": 8, "G": 1, "N": 64, "P": 64}
+
+OPERATOR = Operator(
+    function=state_space_dual,
+    equation=(
+        r"h_t = e^{\Delta_t A} h_{t-1} + B_t (\Delta_t x_t)^\top,\quad y_t = h_t^\top C_t + D x_t"
+    ),
+    source="Dao & Gu 2024 (arXiv:2405.21060)",
+    axes=AXES,
+    definition=definition,
+    forms={
+        "recurrent": Form(
+            definition,
+            lambda x, *_: None
+            if x.shape[1] <= SHORT
+            else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+        ),
+        "chunked": Form(chunked),
+    },
+    sample=sample,
+    extreme=extreme,
+    cases=[
+        Case("one_group", SIZES),
+        Case("two_groups", {**SIZES, "G": 2}, {"skip": True}),
+        Case("own_group", {**SIZES, "G": 4}, {"softplus": True, "skip": True}),
+        Case("strong_decay", SIZES, {"bias": 4.0}),
+        Case("weak_decay", {**SIZES, "T": 150}, {"bias": -7.0}),
+    ],
+    timing=[
+        Case("one_group", TIMING),
+        Case("four_groups", {**TIMING, "G": 4}, {"softplus": True, "skip": True}),
+    ],
+    cost=cost,
+    value="x",
+    chunk=CHUNK,
+)
