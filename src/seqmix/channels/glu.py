@@ -1,0 +1,46 @@
+"""Gated linear unit: y = W_o (f(W_g x) * W_u x), f = SiLU (SwiGLU), GELU (GEGLU) or the sigmoid (GLU).
+
+Shazeer 2020 (arXiv:2002.05202), eq. 5-6. An expansion of 8/3 gives the parameters of a plain MLP with 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqmix.channels._channel import Channel, ChannelConfig
+from seqmix.core.errors import ConfigError
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "sigmoid": F.sigmoid}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ChannelConfig):
+    expansion: float = 8 / 3
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"glu: activation={self.activation!r}, wanted one of {', '.join(ACTIVATIONS)}."
+            )
+
+
+class GatedLinearUnit(Channel):
+    """Three matrices; the parameters of an MLP at 2/3 of its expansion."""
+
+    Config = Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.output = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))
+
+
+CHANNEL = GatedLinearUnit

@@ -1,0 +1,140 @@
+"""What a token mixer is: x [B, T, D] to y [B, T, D], carrying a state from left to right."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seqmix.core.config import Config
+from seqmix.core.cost import Cost, matmul_cost
+from seqmix.core.errors import ConfigError
+from seqmix.core.state import State, num_bytes
+from seqmix.ops import OPERATORS, Case
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(Config):
+    """Fields that every mixer has; subclasses add theirs, and every field must change something."""
+
+    width: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig(MixerConfig):
+    """A mixer with heads; `width` must be a multiple of `heads`."""
+
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ConfigError(
+                f"width={self.width} must be a multiple of heads={self.heads}. "
+                "Change one of them, e.g. give heads=... in the layout."
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+class Mixer(nn.Module, ABC):
+    """A token mixer: projections around one operator.
+
+    `operator` names the operator in the middle and `operands` gives its arguments, from which the mixing
+    matrix and the cost are derived. `exceptions` maps the name of a law of `seqmix.testing` that this mixer
+    does not keep to the reason; it is tested as a strict expected failure.
+    """
+
+    Config: ClassVar[type[MixerConfig]] = MixerConfig
+    operator: ClassVar[str | None] = None
+    causal: ClassVar[bool] = True
+    exceptions: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] and the state after the tokens before them, to y [B, T, D] and the state after them.
+
+        With `cu_seqlens [N+1]`, x is [1, total, D], N texts end to end, and states have N rows. State None
+        stands for `initial_state`.
+        """
+
+    @abstractmethod
+    def initial_state(self, batch: int, like: Tensor) -> State:
+        """The state of `batch` texts before their first token, on the device of `like`."""
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token: x [B, D] to y [B, D]. Override only for speed; a law compares it with `forward`."""
+        y, state = self(x.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+    def operands(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[dict[str, Any], State]:
+        """The operator's arguments for x, and the state of what comes before it (short convolutions)."""
+        raise ConfigError(f"{type(self).__name__} has no single operator, so no mixing matrix.")
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """The mixing matrix M [B, H, T, T]: the operator gives o[t] = sum_s M[t, s] value[s], per head.
+
+        Derived by passing the identity as the operator's value argument.
+        """
+        arguments, _ = self.operands(x)
+        return mixing_matrix(self.operator or "", arguments)
+
+    def operator_case(self, tokens: int, context: int) -> Case | None:
+        """The operator's sizes for `tokens` new tokens after `context` earlier ones, batch 1."""
+        return None
+
+    def cost(self, length: int, *, context: int = 0) -> Cost:
+        """Predicted cost of `length` tokens after `context` earlier ones, for one text in float32.
+
+        Every linear layer counts as a matrix product, the operator by its own cost model.
+        """
+        total = Cost(state_bytes=self.state_bytes(context + length))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                total += matmul_cost(length, module.in_features, module.out_features)
+        if self.operator and (case := self.operator_case(length, context)):
+            inner = OPERATORS.get(self.operator).cost(case)
+            total += Cost(flops=inner.flops, bytes=inner.bytes)
+        return total
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of state per text after `length` tokens, in float32; constant unless overridden."""
+        return num_bytes(self.initial_state(1, torch.empty(0)))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
+
+
+def mixing_matrix(operator: str, arguments: dict[str, Any]) -> Tensor:
+    """M [B, H, T, T] of an operator that is linear in its value argument [B, T, H, V], for given operands."""
+    description = OPERATORS.get(operator)
+    if description.value is None:
+        raise ConfigError(f"{operator} has no value argument, so no mixing matrix.")
+    value = arguments[description.value]
+    batch, length, heads = value.shape[:3]
+    identity = torch.eye(length, dtype=value.dtype, device=value.device)
+    unit = identity[None, :, None].expand(batch, length, heads, length)
+    module = importlib.import_module(f"seqmix.ops.{operator}")
+    result = getattr(module, operator)(**{**arguments, description.value: unit})
+    out = result[0] if isinstance(result, tuple) else result
+    return out.permute(0, 2, 1, 3)  # [B, H, T, T]
+
+
+def without_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Marks a parameter (decays, steps, skips) that weight decay would wreck; the trainer reads the mark."""
+    parameter.no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter

@@ -1,0 +1,1 @@
+"""Models: a specification, one backbone, and a file per kind of data."""
