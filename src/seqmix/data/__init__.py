@@ -1,0 +1,1 @@
+"""Text: reading it, splitting it, turning it into tokens, and packing tokens into windows."""
