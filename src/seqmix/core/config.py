@@ -44,7 +44,8 @@ _CHECKED = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 def _check_type(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     """Plain types only: `int`, `float`, `bool`, `str`, each with `| None`; anything else passes."""
-    kinds = [kind.strip() for kind in str(field.type).split("|")]
+    declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    kinds = [kind.strip() for kind in declared.split("|")]
     if not all(kind in _CHECKED or kind == "None" for kind in kinds):
         return
     for kind in kinds:
@@ -53,4 +54,4 @@ def _check_type(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
         if kind in _CHECKED and isinstance(value, _CHECKED[kind]):
             if kind == "bool" or not isinstance(value, bool):
                 return
-    raise ConfigError(f"{owner}: {field.name}={value!r} is not of type {field.type}.")
+    raise ConfigError(f"{owner}: {field.name}={value!r} is not of type {declared}.")
