@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# exp(-80) is zero beside any float32 value; a finite bound keeps cumulative sums exact after a hard reset.
+# exp(-80) is zero beside any float32 value; a finite bound keeps cumulative sums meaningful after a hard reset.
 LOWEST_LOG_DECAY = -80.0
+
+
+def running_total(log_decay: Tensor, dim: int) -> Tensor:
+    """The running sum of a log decay, at least `LOWEST_LOG_DECAY` per token, in float64.
+
+    Differences of it are what is used. After a few hard resets a float32 sum of thousands would leave them
+    three correct digits, and its gradient, a difference of sums, not many more.
+    """
+    return log_decay.clamp_min(LOWEST_LOG_DECAY).double().cumsum(dim)
 
 
 def into_chunks(x: Tensor, chunk: int) -> Tensor:
@@ -31,8 +42,8 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
     The mask comes before the exponential, and differences are taken of one running sum, so nothing
     overflows however strong the decay.
     """
-    total = log_decay.cumsum(-1)
-    difference = total.unsqueeze(-1) - total.unsqueeze(-2)
+    total = running_total(log_decay, -1)
+    difference = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(log_decay.dtype)
     size = log_decay.shape[-1]
     future = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
     return difference.masked_fill(future, -torch.inf).exp()
@@ -41,7 +52,7 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
 def decayed_scores(q: Tensor, k: Tensor, total: Tensor, *, smallest: int = 8) -> Tensor:
     """`sum_c q[i, c] k[j, c] exp(total[i, c] - total[j, c])` for i >= j, else 0, as `[..., C, C]`.
 
-    `total [..., C, K]` is the running sum of a log decay per key dimension. exp(total[i]) * exp(-total[j])
+    `total [..., C, K]` is the `running_total` of a log decay per key dimension. exp(total[i]) * exp(-total[j])
     would overflow, so the square is halved again and again: a later half meets an earlier one through the
     total at the border between them, which splits the exponential in two factors of at most 1, and only
     blocks of `smallest` are summed entry by entry (GLA, section 4.2: secondary chunking).
@@ -49,7 +60,7 @@ def decayed_scores(q: Tensor, k: Tensor, total: Tensor, *, smallest: int = 8) ->
     size = q.shape[-2]
     if size <= smallest or size % 2:
         future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        difference = total.unsqueeze(-2) - total.unsqueeze(-3)
+        difference = (total.unsqueeze(-2) - total.unsqueeze(-3)).to(q.dtype)
         weight = difference.masked_fill(future.unsqueeze(-1), -torch.inf).exp()
         return torch.einsum("...ic,...jc,...ijc->...ij", q, k, weight)
     half = size // 2
@@ -57,8 +68,18 @@ def decayed_scores(q: Tensor, k: Tensor, total: Tensor, *, smallest: int = 8) ->
         *(x.unflatten(-2, (2, half)) for x in (q, k, total)), smallest=smallest
     )
     border = total[..., half - 1 : half, :]
-    later = q[..., half:, :] * (total[..., half:, :] - border).exp()
-    earlier = k[..., :half, :] * (border - total[..., :half, :]).exp()
+    later = q[..., half:, :] * (total[..., half:, :] - border).to(q.dtype).exp()
+    earlier = k[..., :half, :] * (border - total[..., :half, :]).to(q.dtype).exp()
     lower = later @ earlier.transpose(-1, -2)
     top = torch.cat([diagonal[..., 0, :, :], torch.zeros_like(lower)], dim=-1)
     return torch.cat([top, torch.cat([lower, diagonal[..., 1, :, :]], dim=-1)], dim=-2)
+
+
+def run_recurrence(decays: Sequence[Tensor], values: Sequence[Tensor], state: Tensor) -> Tensor:
+    """`h_i = decays[i] h_{i-1} + values[i]`, written over `values`; returns the last h.
+
+    One fused operation per step: where autograd need not see it, nothing in PyTorch runs a recurrence faster.
+    """
+    for decay, value in zip(decays, values, strict=True):
+        state = value.addcmul_(decay, state)
+    return state

@@ -20,11 +20,11 @@ from seqmix.core.cost import Cost
 from seqmix.core.errors import RangeError
 from seqmix.core.numerics import widen
 from seqmix.ops._chunks import (
-    LOWEST_LOG_DECAY,
     decay_matrix,
     decayed_scores,
     from_chunks,
     into_chunks,
+    running_total,
 )
 from seqmix.ops._operator import (
     Case,
@@ -163,27 +163,27 @@ def chunked(
     keys = k  # as read at the start of the chunk: decayed since then
     if g is None:
         among_keys = k @ k.transpose(-1, -2)
-        scores = (q @ k.transpose(-1, -2)).tril(steps - 1) if steps == 1 else _reads(q, k, steps)
+        scores = _reads(q, k, steps)
         decay = torch.ones_like(k[..., :1, :])
     else:
-        g = into_chunks(g.clamp_min(LOWEST_LOG_DECAY), tokens)
+        g = into_chunks(g, tokens)
         if g.ndim == q.ndim:
-            total = g.cumsum(-2)
+            total = running_total(g, -2)
             by_row = total.repeat_interleave(steps, -2)
             among_keys = decayed_scores(k, k, by_row)
             readers = q.repeat_interleave(steps, -2)
             scores = decayed_scores(readers, k, by_row)[..., steps - 1 :: steps, :]
         else:
-            total = g.cumsum(-1).unsqueeze(-1)
+            total = running_total(g, -1).unsqueeze(-1)
             by_row = total.repeat_interleave(steps, -2)
             weight = decay_matrix(_first_rows(g, steps))
             among_keys = (k @ k.transpose(-1, -2)) * weight
             scores = (q @ k.transpose(-1, -2)) * weight[..., steps - 1 :: steps, :]
         last = total[..., -1:, :]
-        q = q * total.exp()
-        keys = k * by_row.exp()
-        k = k * (last - by_row).exp()
-        decay = last.exp().expand_as(k[..., :1, :])
+        q = q * total.to(q.dtype).exp()
+        keys = k * by_row.to(k.dtype).exp()
+        k = k * (last - by_row).to(k.dtype).exp()
+        decay = last.to(k.dtype).exp().expand_as(k[..., :1, :])
     lower = (beta * among_keys).tril(-1)
     solved = torch.linalg.solve_triangular(
         lower, beta * torch.cat([v, keys], dim=-1), upper=False, unitriangular=True

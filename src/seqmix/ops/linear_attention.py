@@ -17,11 +17,11 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
 from seqmix.ops._chunks import (
-    LOWEST_LOG_DECAY,
     decay_matrix,
     decayed_scores,
     from_chunks,
     into_chunks,
+    running_total,
 )
 from seqmix.ops._operator import (
     Case,
@@ -136,17 +136,17 @@ def chunked(
         scores = (q @ k.transpose(-1, -2)).tril()
         decay = None
     else:
-        g = into_chunks(g.clamp_min(LOWEST_LOG_DECAY), chunk)
+        g = into_chunks(g, chunk)
         if g.ndim == q.ndim:
-            total = g.cumsum(-2)
+            total = running_total(g, -2)
             scores = decayed_scores(q, k, total)
         else:
-            total = g.cumsum(-1).unsqueeze(-1)
+            total = running_total(g, -1).unsqueeze(-1)
             scores = (q @ k.transpose(-1, -2)) * decay_matrix(g)
         last = total[..., -1:, :]
-        q = q * total.exp()
-        k = k * (last - total).exp()
-        decay = last.transpose(-1, -2).exp()  # [B, H, M, K or 1, 1]
+        q = q * total.to(q.dtype).exp()
+        k = k * (last - total).to(q.dtype).exp()
+        decay = last.to(q.dtype).transpose(-1, -2).exp()  # [B, H, M, K or 1, 1]
     written = k.transpose(-1, -2) @ v  # [B, H, M, K, V]: what each chunk adds
     before = []
     for m in range(q.shape[2]):
@@ -195,6 +195,7 @@ def extreme(case: Case, generator: Generator) -> dict[str, Any]:
 def cost(case: Case) -> Cost:
     """Of the chunked form: scores, their product with v, writing and reading the state, per chunk."""
     B, T, H, K, V = (case[letter] for letter in "BTHKV")
+    V += bool(case.get("normalize"))
     C = min(CHUNK, T)
     flops = B * H * T * (2 * C * K + 2 * C * V + 4 * K * V)
     moved = 4 * B * H * (T * (2 * K + 2 * V) + -(-T // C) * 2 * K * V)
