@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.ops._chunks import run_recurrence
 from seqmix.ops._operator import (
     Case,
     Form,
@@ -85,6 +87,57 @@ def definition(x: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, dim=1), state
 
 
+def chunked(x: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """All chunks step together through their places: about 2 C + T / C operations instead of T.
+
+    A first pass finds what each chunk adds by its end, a loop over chunks the state before each, and a
+    second pass the states within. Only decays are multiplied, so nothing overflows.
+    """
+    h = _Scan.apply(x, a.exp(), state)
+    return h, h[:, -1]
+
+
+class _Scan(torch.autograd.Function):
+    """h_t = d_t h_{t-1} + x_t with d_t the decay itself.
+
+    Adjoint: the gradient of h_t, G_t = h'_t + d_{t+1} G_{t+1}, is the same scan from the last token back;
+    x'_t = G_t, d'_t = G_t h_{t-1}, and the initial state gets d_1 G_1.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+        h = _scan(x, decay, state)
+        ctx.save_for_backward(decay, state, h)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        decay, state, h = ctx.saved_tensors
+        state = state.unsqueeze(1)
+        later = torch.cat([decay[:, 1:], torch.zeros_like(state)], dim=1)
+        grad = _scan(grad_h.flip(1), later.flip(1), torch.zeros_like(state[:, 0])).flip(1)
+        before = torch.cat([state, h[:, :-1]], dim=1)
+        return grad, grad * before, grad[:, 0] * decay[:, 0]
+
+
+def _scan(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    length = x.shape[1]
+    missing = -length % CHUNK
+    h, decay = (F.pad(t, [0, 0, 0, missing]).unflatten(1, (-1, CHUNK)) for t in (x, decay))
+    if not missing:
+        h = h.clone()  # padding has copied otherwise
+    values, decays = h.unbind(2), decay.unbind(2)
+    added = values[0]
+    for value, factor in zip(values[1:], decays[1:], strict=True):
+        added = torch.addcmul(value, factor, added)
+    added = added.clone()
+    run_recurrence(decay.prod(2).unbind(1), added.unbind(1), state)
+    before = torch.cat([state.unsqueeze(1), added[:, :-1]], dim=1)
+    run_recurrence(decays, values, before)
+    return h.flatten(1, 2)[:, :length]
+
+
 def sample(case: Case, generator: Generator) -> dict[str, Any]:
     """Random inputs in the legal range, as arguments of `diagonal_scan`."""
 
@@ -127,6 +180,7 @@ OPERATOR = Operator(
             if x.shape[1] <= SHORT
             else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
         ),
+        "chunked": Form(chunked),
     },
     sample=sample,
     extreme=extreme,

@@ -3,7 +3,7 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t        y_t = C_t . h_t + D u_t
 
 Each of the E channels has a state of width N of its own; B_t and C_t are shared by all channels.
-Axes: B batch, T time, E channels, N state width; C places in a chunk (the first axis inside a chunk).
+Axes: B batch, T time, E channels, N state width; C places in a chunk.
 The arguments B and C keep the paper's names, which are not the axes B and C.
 """
 
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.ops._chunks import run_recurrence
 from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
 from seqmix.ops._step_size import check_decay_rate, step_size
 
@@ -116,6 +118,86 @@ def definition(
     return torch.stack(outputs, dim=1), state
 
 
+def chunked(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exponentials, reads and writes of a chunk at once, one operation per token between them.
+
+    Only the states at the borders of chunks are kept for the backward pass; those in between are computed
+    again there, so training takes the memory of T / CHUNK states.
+    """
+    return _Scan.apply(delta, delta * u, A, B, C, state)
+
+
+class _Scan(torch.autograd.Function):
+    """h_t = exp(delta_t A) h_{t-1} + w_t B_t, y_t = C_t . h_t, chunk by chunk.
+
+    Adjoint: with G_t the gradient of h_t and d_t = exp(delta_t A),
+        G_t = y'_t C_t + d_{t+1} G_{t+1}        (from the last token back)
+        C'_t = sum_e y'_t h_t,  w'_t = G_t . B_t,  B'_t = sum_e w_t G_t
+        delta'_t = sum_n A L_t,  A' = sum_t delta_t L_t,  L_t = G_t d_t h_{t-1} (the gradient of delta_t A).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        delta: Tensor,
+        w: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        outputs, borders = [], []
+        for d, w_, B_, C_ in _split(delta, w, B, C):
+            borders.append(state)
+            _, h = _states(d, w_, A, B_, state)
+            outputs.append(h @ C_.unsqueeze(-1))
+            state = h[-1].clone()  # not a view, which would keep the whole chunk
+        ctx.save_for_backward(delta, w, A, B, C, *borders)
+        return torch.cat(outputs).squeeze(-1).transpose(0, 1), state
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, grad_y: Tensor, grad_state: Tensor
+    ) -> tuple[Tensor, ...]:
+        delta, w, A, B, C, *borders = ctx.saved_tensors
+        grad_A = torch.zeros_like(A)
+        parts = []
+        chunks = _split(delta, w, B, C, grad_y)
+        for (d, w_, B_, C_, y_), border in zip(chunks[::-1], borders[::-1], strict=True):
+            decay, h = _states(d, w_, A, B_, border)
+            g = y_.unsqueeze(-1) * C_.unsqueeze(2)
+            g[-1] += grad_state
+            run_recurrence(decay.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])
+            grad_w = (g @ B_.unsqueeze(-1)).squeeze(-1)
+            grad_B, grad_C = (w_.unsqueeze(2) @ g).squeeze(2), (y_.unsqueeze(2) @ h).squeeze(2)
+            g *= decay
+            grad_state = g[0].clone()
+            g[0] *= border
+            g[1:] *= h[:-1]  # from here on the L of the docstring
+            parts.append(((g * A).sum(-1), grad_w, grad_B, grad_C))
+            grad_A += g.mul_(d.unsqueeze(-1)).sum((0, 1))
+        grad_delta, grad_w, grad_B, grad_C = (
+            torch.cat(part[::-1]).transpose(0, 1) for part in zip(*parts, strict=True)
+        )
+        return grad_delta, grad_w, grad_A, grad_B, grad_C, grad_state
+
+
+def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The chunks of `[B, T, ...]`, each with time first, `[C, B, ...]`: steps are then contiguous."""
+    return list(zip(*(x.transpose(0, 1).split(CHUNK) for x in tensors), strict=True))
+
+
+def _states(d: Tensor, w: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The decays and the states of one chunk, both [C, B, E, N]."""
+    decay = (d.unsqueeze(-1) * A).exp_()
+    h = w.unsqueeze(-1) * B.unsqueeze(2)
+    run_recurrence(decay.unbind(), h.unbind(), state)
+    return decay, h
+
+
 def sample(case: Case, generator: Generator) -> dict[str, Any]:
     """Random inputs in the legal range, as arguments of `selective_scan`."""
 
@@ -172,6 +254,7 @@ OPERATOR = Operator(
             if u.shape[1] <= SHORT
             else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
         ),
+        "chunked": Form(chunked),
     },
     sample=sample,
     extreme=extreme,
