@@ -71,10 +71,13 @@ def law(*needs: str) -> Callable[[Callable[[Operator, str, Case], None]], Law]:
 # ---- what laws share
 
 
-def runnable(operator: Operator, form: str, case: Case) -> Case:
-    """The case, or a shorter one that the form can run (some forms are for a few tokens only)."""
-    lengths = [case["T"], *(length for length in (4, 3, 2, 1) if length < case["T"])]
-    for length in lengths:
+def runnable(operator: Operator, form: str, case: Case, *, crossing: bool = False) -> Case:
+    """The case, or a shorter one that the form can run (some forms are for a few tokens only).
+
+    With `crossing` the text is first made long enough to cross the border of a chunk.
+    """
+    longest = max(case["T"], operator.chunk + 7) if crossing else case["T"]
+    for length in sorted({longest, case["T"], 4, 3, 2, 1} - {*range(longest + 1, 5)}, reverse=True):
         shorter = ax.with_length(case, length)
         try:
             ax.call(operator, form, ax.draw(operator, shorter))
@@ -85,9 +88,11 @@ def runnable(operator: Operator, form: str, case: Case) -> Case:
     raise Inapplicable(reason)
 
 
-def sharp(operator: Operator, form: str, case: Case) -> tuple[Case, Inputs, float]:
+def sharp(
+    operator: Operator, form: str, case: Case, *, crossing: bool = False
+) -> tuple[Case, Inputs, float]:
     """A runnable case, its inputs in the widest dtype that the form takes, and the tolerance that follows."""
-    case = runnable(operator, form, case)
+    case = runnable(operator, form, case, crossing=crossing)
     dtype, tolerance = sharpest(operator, form, case)
     return case, ax.draw(operator, case, dtype=dtype), tolerance
 
@@ -192,9 +197,9 @@ def extreme_inputs_stay_finite_and_right(operator: Operator, form: str, case: Ca
 @law("state")
 def splitting_anywhere_changes_nothing(operator: Operator, form: str, case: Case) -> None:
     """A text in two calls, the state handed over, gives what one call gives."""
-    case, inputs, tolerance = sharp(operator, form, case)
+    case, inputs, tolerance = sharp(operator, form, case, crossing=True)
     whole, length = ax.call(operator, form, inputs), case["T"]
-    for border in sorted({1, length // 2, length - 1} - {0, length}):
+    for border in sorted({1, length // 2, operator.chunk, length - 1} & {*range(1, length)}):
         head = ax.call(operator, form, ax.cut(operator, case, inputs, 0, border))
         rest = ax.cut(operator, case, inputs, border, length)
         tail = ax.call(operator, form, {**rest, "initial_state": head["final_state"]})
@@ -205,7 +210,7 @@ def splitting_anywhere_changes_nothing(operator: Operator, form: str, case: Case
 @law("state")
 def token_by_token_equals_whole(operator: Operator, form: str, case: Case) -> None:
     """Decoding: one token per call, in whatever form is chosen for it."""
-    case, inputs, tolerance = sharp(operator, form, case)
+    case, inputs, tolerance = sharp(operator, form, case, crossing=True)
     state, outputs = inputs.get("initial_state"), []
     for t in range(case["T"]):
         token = {**ax.cut(operator, case, inputs, t, t + 1), "initial_state": state}
@@ -232,7 +237,7 @@ def absent_state_is_zeros(operator: Operator, form: str, case: Case) -> None:
 @law("causality")
 def the_future_changes_nothing(operator: Operator, form: str, case: Case) -> None:
     """Other tokens after t leave the outputs up to t as they were."""
-    case, inputs, tolerance = sharp(operator, form, case)
+    case, inputs, tolerance = sharp(operator, form, case, crossing=True)
     length = case["T"]
     other = ax.draw(operator, case, seed=1, dtype=next(iter(ax.tensors(operator, inputs).values())).dtype)
     shift = case.get("S", length) - length
@@ -264,7 +269,7 @@ def rows_do_not_see_each_other(operator: Operator, form: str, case: Case) -> Non
 @law("packing")
 def packed_equals_separate(operator: Operator, form: str, case: Case) -> None:
     """Texts end to end with `cu_seqlens`, an empty one too, give what each gives alone, gradients included."""
-    case = runnable(operator, form, case)
+    case = runnable(operator, form, case, crossing=True)
     length = case["T"]
     bounds = sorted({0, 1, length // 3 + 1, length}) if length > 3 else [*range(length + 1)]
     bounds = [bounds[0], bounds[1], *bounds[1:]]  # the second text is empty

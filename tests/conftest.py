@@ -1,0 +1,42 @@
+"""Every test: fixed seeds, warnings are errors, no network beyond this machine, one thread per xdist worker."""
+
+import ipaddress
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries that we call draw from it)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def connect_here_only(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_here(address[0]):
+            raise AssertionError(f"a test reached for the network: {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here_only)
+
+
+def _is_here(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

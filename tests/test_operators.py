@@ -1,0 +1,301 @@
+"""Every operator keeps every law, and every law notices the operator that breaks it."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seqmix.core.errors import NoUsableForm
+from seqmix.ops import OPERATORS, Form, linear_attention, record_forms
+from seqmix.testing import OPERATOR_LAWS, check_operator, poisoned_memory
+from seqmix.testing.operators import Inapplicable, checks, installed
+
+LINEAR = OPERATORS.get("linear_attention")
+chunked = LINEAR.forms["chunked"].run
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    with poisoned_memory():
+        yield
+
+
+def every_check():
+    for name in OPERATORS:
+        operator = OPERATORS.get(name)
+        for law, form, case in checks(operator):
+            yield pytest.param(
+                operator, law, form, case, id=f"{law.name}-{name}-{form}-{case.name}"
+            )
+
+
+@pytest.mark.parametrize(("operator", "law", "form", "case"), [*every_check()])
+def test_law(operator, law, form, case):
+    try:
+        law(operator, form, case)
+    except Inapplicable as reason:
+        pytest.skip(str(reason))
+
+
+# ---- broken operators, each with the laws that must notice
+
+
+def with_chunked(run):
+    return replace(LINEAR, forms={"recurrent": LINEAR.forms["recurrent"], "chunked": Form(run)})
+
+
+def with_function(wrap):
+    @functools.wraps(linear_attention)
+    def function(*args, **options):
+        return wrap(*args, **options)
+
+    return replace(LINEAR, function=function)
+
+
+def decay_off_by_one(q, k, v, g, state):
+    return chunked(q, k, v, g if g is None else g.roll(1, dims=1), state)
+
+
+def initial_state_forgotten(q, k, v, g, state):
+    return chunked(q, k, v, g, torch.zeros_like(state))
+
+
+def final_state_not_decayed(q, k, v, g, state):
+    return chunked(q, k, v, g, state)[0], chunked(q, k, v, None, state)[1]
+
+
+def scale_applied_twice(q, k, v, g, state):
+    return chunked(q * q.shape[-1] ** -0.5, k, v, g, state)
+
+
+def mask_off_by_one(q, k, v, g, state):
+    o, state = chunked(q, k, v, g, state)
+    seen = (q[:, :-1] * k[:, 1:]).sum(-1, keepdim=True) * v[:, 1:]
+    return o + torch.cat([seen, torch.zeros_like(seen[:, :1])], dim=1), state
+
+
+def heads_swapped(q, k, v, g, state):
+    o, state = chunked(q, k, v, g, state)
+    return o.flip(2), state
+
+
+def gradient_of_keys_lost_in_the_state(q, k, v, g, state):
+    return chunked(q, k, v, g, state)[0], chunked(q, k.detach(), v, g, state)[1]
+
+
+def gradient_of_initial_state_lost(q, k, v, g, state):
+    return chunked(q, k, v, g, state.detach())
+
+
+def argument_written_to(q, k, v, g, state):
+    with torch.no_grad():
+        v.copy_(v.clone())
+    return chunked(q, k, v, g, state)
+
+
+def last_chunk_dropped(q, k, v, g, state):
+    o, state = chunked(q, k, v, g, state)
+    whole = o.shape[1] // LINEAR.chunk * LINEAR.chunk
+    if 0 < whole < o.shape[1]:
+        o = torch.cat([o[:, :whole], torch.zeros_like(o[:, whole:])], dim=1)
+    return o, state
+
+
+def accumulated_in_bfloat16(q, k, v, g, state):
+    o, state = chunked(q, k, v, g, state)
+    return o.bfloat16().to(o.dtype), state
+
+
+def row_never_written(q, k, v, g, state):
+    computed, state = chunked(q, k, v, g, state)
+    o = torch.empty_like(computed)
+    o[:, :-1] = computed[:, :-1]
+    return o, state
+
+
+def overflowing(q, k, v, g, state):
+    if g is None or g.ndim == 4:
+        return chunked(q, k, v, g, state)
+    total = g.cumsum(1).unsqueeze(-1)
+    reads, writes = q * total.exp(), k * (-total).exp()
+    scores = torch.einsum("bihk,bjhk->bhij", reads, writes).tril()
+    o = torch.einsum("bhij,bjhv->bihv", scores, v) + torch.einsum("bihk,bhkv->bihv", reads, state)
+    return o, chunked(q, k, v, g, state)[1]
+
+
+def rows_mixed(q, k, v, g, state):
+    o, state = chunked(q, k, v, g, state)
+    return o + 1e-3 * o.mean(0, keepdim=True), state
+
+
+def storage_order_assumed(q, k, v, g, state):
+    strides = torch.zeros(v.shape).stride()
+    room = v.untyped_storage().nbytes() // v.element_size() - v.storage_offset()
+    if room >= v.numel():
+        v = v.as_strided(v.shape, strides)
+    return chunked(q, k, v, g, state)
+
+
+def different_every_time(q, k, v, g, state):
+    o, state = chunked(q, k, v, g, state)
+    return o * (1 + 4 * torch.finfo(o.dtype).eps * torch.rand_like(o)), state
+
+
+def not_linear(q, k, v, g, state):
+    return chunked(q, k, v * v.abs(), g, state)
+
+
+def forgetful_step(q, k, v, g, state):
+    return LINEAR.definition(q, k, v, g, state * 0.99 if q.shape[1] == 1 else state)
+
+
+@with_function
+def boundaries_ignored(*args, cu_seqlens=None, **options):
+    if cu_seqlens is None:
+        return linear_attention(*args, **options)
+    texts = len(cu_seqlens) - 1
+    o, state = linear_attention(*args, **options | {"initial_state": options["initial_state"][:1]})
+    return o, state.expand(texts, -1, -1, -1)
+
+
+@with_function
+def state_in_bfloat16(*args, initial_state=None, **options):
+    o, state = linear_attention(*args, initial_state=initial_state, **options)
+    if options["v"].dtype == torch.bfloat16 and state is not None:
+        state = state.bfloat16().float()
+    return o, state
+
+
+@with_function
+def output_in_float32(*args, **options):
+    o, state = linear_attention(*args, **options)
+    return o.to(torch.promote_types(o.dtype, torch.float32)), state
+
+
+@with_function
+def anything_accepted(*args, **options):
+    return linear_attention(
+        *args,
+        **{
+            n: x.float() if isinstance(x, torch.Tensor) and not x.is_floating_point() else x
+            for n, x in options.items()
+        },
+    )
+
+
+@with_function
+def silent_fallback(*args, form=None, **options):
+    try:
+        return linear_attention(*args, form=form, **options)
+    except NoUsableForm:
+        return linear_attention(*args, **options)
+
+
+@with_function
+def state_always_returned(*args, output_final_state=False, **options):
+    return linear_attention(*args, output_final_state=True, **options)
+
+
+MUTANTS = {
+    "agrees_with_definition": [
+        with_chunked(run)
+        for run in (
+            decay_off_by_one,
+            initial_state_forgotten,
+            final_state_not_decayed,
+            scale_applied_twice,
+            mask_off_by_one,
+            heads_swapped,
+            gradient_of_keys_lost_in_the_state,
+            gradient_of_initial_state_lost,
+            accumulated_in_bfloat16,
+            row_never_written,
+            rows_mixed,
+            not_linear,
+        )
+    ],
+    "agrees_at_awkward_lengths": [with_chunked(last_chunk_dropped)],
+    "extreme_inputs_stay_finite_and_right": [with_chunked(overflowing)],
+    "splitting_anywhere_changes_nothing": [
+        with_chunked(initial_state_forgotten),
+        with_chunked(final_state_not_decayed),
+    ],
+    "token_by_token_equals_whole": [
+        replace(LINEAR, forms={**LINEAR.forms, "recurrent": Form(forgetful_step)})
+    ],
+    "absent_state_is_zeros": [state_always_returned],
+    "the_future_changes_nothing": [with_chunked(mask_off_by_one)],
+    "rows_do_not_see_each_other": [with_chunked(rows_mixed)],
+    "packed_equals_separate": [boundaries_ignored],
+    "memory_layout_changes_nothing": [with_chunked(storage_order_assumed)],
+    "arguments_are_left_alone": [with_chunked(argument_written_to)],
+    "repeated_calls_are_equal": [with_chunked(different_every_time)],
+    "linear_in_its_value": [with_chunked(not_linear)],
+    "half_precision_inputs_lose_only_their_own_rounding": [state_in_bfloat16, output_in_float32],
+    "wrong_arguments_are_refused_by_name": [anything_accepted],
+    "a_form_that_cannot_run_says_why": [silent_fallback],
+    "cost_is_told_before_running": [replace(LINEAR, cost=lambda case: LINEAR.cost(case) * 2)],
+}
+
+
+def mutant_name(operator):
+    if operator.function is not linear_attention:
+        return operator.function.__closure__[0].cell_contents.__name__
+    new = [form.run.__name__ for n, form in operator.forms.items() if form != LINEAR.forms[n]]
+    return new[0] if new else "cost_doubled"
+
+
+@pytest.mark.parametrize(
+    ("law", "mutant"),
+    [
+        pytest.param(law, mutant, id=f"{law}-{mutant_name(mutant)}")
+        for law, mutants in MUTANTS.items()
+        for mutant in mutants
+    ],
+)
+def test_law_notices(law, mutant):
+    broken = []
+    with installed(mutant):
+        for one, form, case in checks(mutant):
+            if one.name == law:
+                try:
+                    one(mutant, form, case)
+                except AssertionError:
+                    broken.append((form, case.name))
+    assert broken
+    with pytest.raises(AssertionError, match=r"-linear_attention-"):
+        check_operator(mutant)
+
+
+def test_every_law_has_a_mutant_that_breaks_it():
+    assert MUTANTS.keys() == OPERATOR_LAWS.keys()
+
+
+def test_the_checked_description_is_put_back():
+    with pytest.raises(AssertionError):
+        check_operator(with_chunked(heads_swapped))
+    assert OPERATORS.get("linear_attention") is LINEAR
+
+
+def test_poisoned_memory_is_nan_inside_and_only_inside():
+    with poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        assert torch.zeros(3, dtype=torch.float64).new_empty(2).isnan().all()
+        assert torch.empty_like(torch.zeros(2, 2)).isnan().all()
+        assert torch.empty(2, dtype=torch.long).dtype == torch.long
+
+
+@pytest.mark.parametrize("name", OPERATORS.names())
+def test_the_definition_is_the_last_resort_and_says_so(name, monkeypatch):
+    operator = OPERATORS.get(name)
+    forms = {n: Form(form.run, lambda *_, **__: "not today") for n, form in operator.forms.items()}
+    monkeypatch.setattr("seqmix.ops._operator._warned", set())
+    inputs = operator.sample(operator.cases[0], torch.Generator().manual_seed(0))
+    with (
+        installed(replace(operator, forms=forms)),
+        record_forms() as ran,
+        pytest.warns(UserWarning, match="not today"),
+    ):
+        operator.function(**inputs)
+    assert ran == {(name, "definition")}
