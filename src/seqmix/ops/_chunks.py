@@ -11,6 +11,9 @@ from torch import Tensor
 # exp(-80) is zero beside any float32 value; a finite bound keeps cumulative sums meaningful after a hard reset.
 LOWEST_LOG_DECAY = -80.0
 
+# Decay over a block, in log space, up to which one product per side stays far inside float32's range.
+SPAN = 60.0
+
 
 def running_total(log_decay: Tensor, dim: int) -> Tensor:
     """The running sum of a log decay, at least `LOWEST_LOG_DECAY` per token, in float64.
@@ -53,13 +56,19 @@ def decayed_scores(q: Tensor, k: Tensor, total: Tensor, *, smallest: int = 8) ->
     """`sum_c q[i, c] k[j, c] exp(total[i, c] - total[j, c])` for i >= j, else 0, as `[..., C, C]`.
 
     `total [..., C, K]` is the `running_total` of a log decay per key dimension. exp(total[i]) * exp(-total[j])
-    would overflow, so the square is halved again and again: a later half meets an earlier one through the
+    would overflow. While the decay over a block spans little, both are taken from its middle, and neither
+    exceeds exp(SPAN / 2). Otherwise the square is halved: a later half meets an earlier one through the
     total at the border between them, which splits the exponential in two factors of at most 1, and only
     blocks of `smallest` are summed entry by entry (GLA, section 4.2: secondary chunking).
     """
     size = q.shape[-2]
+    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    first, last = total[..., :1, :], total[..., -1:, :]
+    if float((first - last).detach().max()) <= SPAN:
+        to_middle = (total - (first + last) / 2).to(q.dtype)
+        scores = (q * to_middle.exp()) @ (k * (-to_middle).exp()).transpose(-1, -2)
+        return scores.masked_fill(future, 0.0)
     if size <= smallest or size % 2:
-        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         difference = (total.unsqueeze(-2) - total.unsqueeze(-3)).to(q.dtype)
         weight = difference.masked_fill(future.unsqueeze(-1), -torch.inf).exp()
         return torch.einsum("...ic,...jc,...ijc->...ij", q, k, weight)
