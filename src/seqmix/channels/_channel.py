@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,9 +26,14 @@ class ChannelConfig(Config):
 
 
 class Channel(nn.Module, ABC):
-    """A channel mixer; it keeps no state."""
+    """A channel mixer; it keeps no state.
+
+    `exceptions` and `examples` are those of `Mixer`.
+    """
 
     Config: ClassVar[type[ChannelConfig]] = ChannelConfig
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, config: ChannelConfig) -> None:
         super().__init__()

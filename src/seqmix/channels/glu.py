@@ -6,6 +6,7 @@ Shazeer 2020 (arXiv:2002.05202), eq. 5-6. An expansion of 8/3 gives the paramete
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class GatedLinearUnit(Channel):
     """Three matrices; the parameters of an MLP at 2/3 of its expansion."""
 
     Config = Config
+    examples: ClassVar = {"gelu": {"activation": "gelu"}, "sigmoid": {"activation": "sigmoid"}}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -48,13 +48,15 @@ class Mixer(nn.Module, ABC):
 
     `operator` names the operator in the middle and `operands` gives its arguments, from which the mixing
     matrix and the cost are derived. `exceptions` maps the name of a law of `seqmix.testing` that this mixer
-    does not keep to the reason; it is tested as a strict expected failure.
+    does not keep to the reason; it is tested as a strict expected failure. `examples` names further
+    configurations in which the laws are tested.
     """
 
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     operator: ClassVar[str | None] = None
     causal: ClassVar[bool] = True
     exceptions: ClassVar[Mapping[str, str]] = {}
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
@@ -59,7 +60,7 @@ class GatedLinearAttention(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[dict[str, Any], State]:
         heads = (self.config.heads, -1)
-        decay = F.logsigmoid(self.decay(x).float()) / self.config.temperature
+        decay = F.logsigmoid(widen(self.decay(x))[0]) / self.config.temperature
         return {
             "q": self.query(x).unflatten(-1, heads),
             "k": self.key(x).unflatten(-1, heads),

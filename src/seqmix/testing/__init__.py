@@ -1,6 +1,7 @@
 """Public laws, for our own parts and for anyone's.
 
-`check_operator(OPERATOR)` runs every law on every form and case and raises at the first that is broken.
+`check_operator(OPERATOR)` runs every law on every form and case and raises at the first that is broken;
+`check_mixer(MIXER)` and `check_channel(CHANNEL)` do so on every configuration that the class names.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "CHANNEL_LAWS": "channels",
+    "MIXER_LAWS": "mixers",
     "OPERATOR_LAWS": "operators",
+    "check_channel": "channels",
+    "check_mixer": "mixers",
     "check_operator": "operators",
     "poisoned_memory": "_memory",
 }
 
-__all__ = ["OPERATOR_LAWS", "check_operator", "poisoned_memory"]  # noqa: F822 (loaded on first use)
+__all__ = [  # noqa: F822 (loaded on first use)
+    "CHANNEL_LAWS",
+    "MIXER_LAWS",
+    "OPERATOR_LAWS",
+    "check_channel",
+    "check_mixer",
+    "check_operator",
+    "poisoned_memory",
+]
 
 
 def __getattr__(name: str) -> Any:

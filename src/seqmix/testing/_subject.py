@@ -33,10 +33,10 @@ class Subject:
     def config(self, **changes: Any) -> Config:
         return self.kind.Config.from_dict({**self.fields, **changes})
 
-    def build(self, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    def build(self, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
         """The module, with the same random weights every time."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             return self.kind(self.config(**changes)).to(dtype)
 
     def tokens(
@@ -90,9 +90,9 @@ def check(kind: type[Any], laws: Sequence[Law]) -> None:
 
 
 def other_values(subject: Subject, field: str) -> Iterator[Any]:
-    """Other values for a field: those of the class's examples, then some that its type suggests."""
+    """Other values for a field: those of the class's configurations, then some that its type suggests."""
     value = getattr(subject.config(), field)
-    suggested = [fields[field] for fields in subject.kind.examples.values() if field in fields]
+    suggested = [getattr(other.config(), field) for other in subjects(subject.kind)]
     hint = typing.get_type_hints(subject.kind.Config)[field]
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     for kind in typing.get_args(hint) if union else [hint]:
@@ -114,27 +114,33 @@ def other_values(subject: Subject, field: str) -> Iterator[Any]:
 def assert_field_has_an_effect(
     subject: Subject, field: str, output: Callable[[nn.Module], Tensor]
 ) -> None:
-    """Some other legal value of the field must change the parameters, their initial values or the output."""
+    """Another legal value must change the parameters, their initial values or the output.
+
+    Here, or in another of the class's configurations: a field may matter only beside another.
+    """
+    if not any(_has_effect(s, field, output) for s in [subject, *subjects(subject.kind)]):
+        raise AssertionError(
+            f"{subject.kind.__name__}.Config.{field} has no effect (tried {[*other_values(subject, field)]}). "
+            "Remove it, or name a legal value that has one in the class's `examples`."
+        )
+
+
+def _has_effect(subject: Subject, field: str, output: Callable[[nn.Module], Tensor]) -> bool:
     module = subject.build()
     before = module.state_dict()
-    tried = []
     for value in other_values(subject, field):
         try:
             other = subject.build(**{field: value})
         except SeqmixError:
             continue
-        tried.append(value)
         after = other.state_dict()
         if before.keys() != after.keys():
-            return
+            return True
         if any(before[n].shape != after[n].shape or not before[n].equal(after[n]) for n in before):
-            return
+            return True
         if not output(module).equal(output(other)):
-            return
-    raise AssertionError(
-        f"{subject.kind.__name__}.Config.{field} has no effect (tried {tried}). Remove it, or name a legal "
-        "value that has one in the class's `examples`."
-    )
+            return True
+    return False
 
 
 def assert_every_parameter_gets_a_gradient(module: nn.Module, output: Callable[[], Tensor]) -> None:
@@ -163,7 +169,7 @@ def assert_round_trip(subject: Subject, output: Callable[[nn.Module], Tensor]) -
     values = json.loads(json.dumps(module.config.to_dict()))
     config = subject.kind.Config.from_dict(values)
     assert config == module.config, f"{module.config} became {config} in JSON"
-    other = subject.kind(config)
+    other = subject.build(seed=1)
     other.load_state_dict(module.state_dict())
     assert output(other).equal(output(module)), "the same weights gave another output"
 
