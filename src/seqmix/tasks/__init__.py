@@ -1,0 +1,1 @@
+"""Learning problems with exact answers: one file per task, exporting `TASK`."""
