@@ -62,6 +62,7 @@ class NoUsableForm(SeqmixError, RuntimeError):
     """The form that was asked for cannot compute these inputs."""
 
     def __init__(self, operator: str, rejected: dict[str, str]) -> None:
+        self.rejected = rejected
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         super().__init__(
             f"{operator}: no usable form ({reasons}). Leave out `form` to let seqmix choose one."
