@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqmix.core.errors import DataError, MissingExtra, RangeError, ShapeError
-from seqmix.data.corpora import austen, kernel_docs, king_james, shakespeare
+from seqmix.data.corpora import CORPORA, austen, kernel_docs, king_james, shakespeare
 from seqmix.data.language_modelling import language_modelling
 from seqmix.data.packing import IGNORED, WindowDataset, cu_seqlens_from_segments, pack
-from seqmix.data.text import CORPORA, Corpus, read_text, split_text
+from seqmix.data.text import Corpus, read_text, split_text
 from seqmix.data.tokenizer import (
     EOS,
     PAD,

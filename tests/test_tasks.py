@@ -4,14 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from seqmix.core.catalog import Catalog
 from seqmix.core.errors import ConfigError, RangeError, ShapeError
-from seqmix.tasks import associative_recall, induction_heads, modular_arithmetic, parity, passkey
+from seqmix.tasks import (
+    TASKS,
+    associative_recall,
+    induction_heads,
+    modular_arithmetic,
+    parity,
+    passkey,
+)
 from seqmix.tasks import permutation_composition as permutation
 from seqmix.tasks._task import IGNORED, SPLITS
 from seqmix.testing.tasks import TASK_LAWS, check_task, refuses, task_examples
 
-TASKS = Catalog("seqmix.tasks", "TASK")
 EXAMPLES = {
     f"{name}-{example}": task
     for name in TASKS.names()

@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from seqmix.core import extras
-from seqmix.core.catalog import Catalog
 from seqmix.core.errors import DataError
-
-CORPORA = Catalog("seqmix.data.corpora", "CORPUS")
+from seqmix.data.corpora import CORPORA
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,23 @@ _HOMES = {
     "CHANNEL_LAWS": "channels",
     "MIXER_LAWS": "mixers",
     "OPERATOR_LAWS": "operators",
+    "TASK_LAWS": "tasks",
     "check_channel": "channels",
     "check_mixer": "mixers",
     "check_operator": "operators",
+    "check_task": "tasks",
     "poisoned_memory": "_memory",
 }
 
-__all__ = [  # noqa: F822 (loaded on first use)
+__all__ = [
     "CHANNEL_LAWS",
     "MIXER_LAWS",
     "OPERATOR_LAWS",
+    "TASK_LAWS",
     "check_channel",
     "check_mixer",
     "check_operator",
+    "check_task",
     "poisoned_memory",
 ]
 
