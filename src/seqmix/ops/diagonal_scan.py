@@ -81,8 +81,8 @@ def diagonal_scan(
 def definition(x: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token."""
     outputs = []
-    for t in range(x.shape[1]):
-        state = a[:, t].exp() * state + x[:, t]
+    for x_t, a_t in zip(x.unbind(1), a.unbind(1), strict=True):
+        state = a_t.exp() * state + x_t
         outputs.append(state)
     return torch.stack(outputs, dim=1), state
 
