@@ -1,0 +1,112 @@
+"""Linear attention: softmax attention with the exponential replaced by a product of feature maps.
+
+    y_t = W_o o_t,   o_t = S_t^T f(q_t) / (z_t . f(q_t)),   S_t = S_{t-1} + f(k_t) v_t^T,   z_t = z_{t-1} + f(k_t)
+
+Without `normalize` the division gives way to a norm of S_t^T f(q_t) per head.
+Katharopoulos et al. 2020 (arXiv:2006.16236), eq. 7-12; the norm: Qin et al. 2022 (arXiv:2210.10340).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqmix.core.errors import ConfigError
+from seqmix.core.state import State
+from seqmix.mixers._mixer import HeadsConfig, Mixer
+from seqmix.ops import Case
+from seqmix.ops.linear_attention import linear_attention
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu1": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "softmax": lambda x: F.softmax(x, dim=-1),
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(HeadsConfig):
+    feature_map: str = "elu1"
+    normalize: bool = True  # divide by the sum of the weights; otherwise a norm per head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature_map not in FEATURE_MAPS:
+            raise ConfigError(
+                f"linear_attention: feature_map={self.feature_map!r}, wanted one of "
+                f"{', '.join(FEATURE_MAPS)}."
+            )
+        if self.normalize and self.feature_map == "identity":
+            raise ConfigError(
+                "linear_attention: feature_map='identity' gives weights of either sign, whose sum may "
+                "vanish. Pass normalize=False, or a feature map that is not negative."
+            )
+
+
+class LinearAttention(Mixer):
+    """Linear time; state [B, H, K, V], with one more column if normalised."""
+
+    Config = Config
+    operator = "linear_attention"
+    examples: ClassVar = {
+        "relu": {"feature_map": "relu"},
+        "softmax": {"feature_map": "softmax"},
+        "norm": {"feature_map": "identity", "normalize": False},
+    }
+    examples: ClassVar = {
+        "softmax": {"feature_map": "softmax"},
+        "not_normalized": {"feature_map": "identity", "normalize": False},
+    }
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        width = config.width
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.norm = None if config.normalize else nn.RMSNorm(config.head_width, eps=1e-5)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def initial_state(self, batch: int, like: Tensor) -> State:
+        c = self.config
+        shape = (batch, c.heads, c.head_width, c.head_width + c.normalize)
+        return {"recurrent": like.new_zeros(shape).float()}
+
+    def operands(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[dict[str, Any], State]:
+        heads = (self.config.heads, -1)
+        feature_map = FEATURE_MAPS[self.config.feature_map]
+        return {
+            "q": feature_map(self.query(x).unflatten(-1, heads)),
+            "k": feature_map(self.key(x).unflatten(-1, heads)),
+            "v": self.value(x).unflatten(-1, heads),
+            "normalize": self.config.normalize,
+        }, None
+
+    def forward(
+        self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        arguments, _ = self.operands(x, state, cu_seqlens)
+        o, recurrent = linear_attention(
+            **arguments,
+            initial_state=None if state is None else state["recurrent"],
+            output_final_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        o = o if self.norm is None else self.norm(o)
+        return self.output(o.flatten(-2)), {"recurrent": recurrent}
+
+    def operator_case(self, tokens: int, context: int) -> Case:
+        c = self.config
+        sizes = {"B": 1, "T": tokens, "H": c.heads, "K": c.head_width}
+        return Case("mixer", {**sizes, "V": c.head_width + c.normalize})
+
+
+MIXER = LinearAttention
