@@ -2,6 +2,7 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t        y_t = C_t . h_t + D u_t
 
+With negative eigenvalues the transition is 2 exp(delta_t A) - 1, from -1 to 1, so that a state can flip.
 Each of the E channels has a state of width N of its own; B_t and C_t are shared by all channels.
 Axes: B batch, T time, E channels, N state width; C places in a chunk.
 The arguments B and C keep the paper's names, which are not the axes B and C.
@@ -48,6 +49,7 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    negative_eigenvalues: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -64,6 +66,7 @@ def selective_scan(
         z: gate of the output, [B, T, E]; none by default.
         delta_bias: added to delta, [E].
         delta_softplus: whether delta passes through log(1 + exp(.)), after the bias.
+        negative_eigenvalues: whether h_{t-1} is multiplied by 2 exp(delta_t A) - 1 instead.
         initial_state: h before the first token, [B, E, N]; zeros by default.
         output_final_state: whether to return h after the last token.
         cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
@@ -76,7 +79,8 @@ def selective_scan(
         ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
         NoUsableForm: when `form` cannot run here.
 
-    Source: Gu & Dao 2023 (Mamba), eq. 2a and 4 with B discretised as delta * B, algorithm 2.
+    Source: Gu & Dao 2023 (Mamba), eq. 2a and 4 with B discretised as delta * B, algorithm 2; Grazzi et al.
+    2024, section 4.3 (negative eigenvalues).
     """
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
     sizes = check_tensors("selective_scan", AXES, {**tensors, "delta_bias": delta_bias})
@@ -96,7 +100,8 @@ def selective_scan(
     inputs = (u, delta, B, C)
     if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
         inputs = tuple(packing.unpack(x) for x in inputs)
-    y, state = OPERATOR.run(form, inputs[0], inputs[1], A, inputs[2], inputs[3], state)
+    texts, delta, B, C = inputs
+    y, state = OPERATOR.run(form, texts, delta, A, B, C, state, negative=negative_eigenvalues)
     if packing:
         y = packing.pack(y)
     if D is not None:
@@ -107,35 +112,52 @@ def selective_scan(
 
 
 def definition(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    negative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token."""
     outputs = []
     for t in range(u.shape[1]):
         decay = (delta[:, t, :, None] * A).exp()
+        if negative:
+            decay = 2 * decay - 1
         state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         outputs.append((state @ C[:, t, :, None]).squeeze(-1))
     return torch.stack(outputs, dim=1), state
 
 
 def chunked(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    negative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Exponentials, reads and writes of a chunk at once, one operation per token between them.
 
     Only the states at the borders of chunks are kept for the backward pass; those in between are computed
     again there, so training takes the memory of T / CHUNK states.
     """
-    return _Scan.apply(delta, delta * u, A, B, C, state)
+    return _Scan.apply(delta, delta * u, A, B, C, state, negative)
 
 
 class _Scan(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_{t-1} + w_t B_t, y_t = C_t . h_t, chunk by chunk.
+    """h_t = d_t h_{t-1} + w_t B_t, y_t = C_t . h_t, chunk by chunk; d_t = e_t or 2 e_t - 1, e_t = exp(delta_t A).
 
-    Adjoint: with G_t the gradient of h_t and d_t = exp(delta_t A),
+    Adjoint: with G_t the gradient of h_t,
         G_t = y'_t C_t + d_{t+1} G_{t+1}        (from the last token back)
         C'_t = sum_e y'_t h_t,  w'_t = G_t . B_t,  B'_t = sum_e w_t G_t
-        delta'_t = sum_n A L_t,  A' = sum_t delta_t L_t,  L_t = G_t d_t h_{t-1} (the gradient of delta_t A).
+        delta'_t = sum_n A L_t,  A' = sum_t delta_t L_t,  L_t = G_t d'_t h_{t-1}, the gradient of delta_t A,
+        where d'_t = e_t = d_t, or 2 e_t = d_t + 1.
     """
 
     @staticmethod
@@ -147,34 +169,36 @@ class _Scan(torch.autograd.Function):
         B: Tensor,
         C: Tensor,
         state: Tensor,
+        negative: bool,
     ) -> tuple[Tensor, Tensor]:
         outputs, borders = [], []
         for d, w_, B_, C_ in _split(delta, w, B, C):
             borders.append(state)
-            _, h = _states(d, w_, A, B_, state)
+            _, h = _states(d, w_, A, B_, state, negative)
             outputs.append(h @ C_.unsqueeze(-1))
             state = h[-1].clone()  # not a view, which would keep the whole chunk
         ctx.save_for_backward(delta, w, A, B, C, *borders)
+        ctx.negative = negative
         return torch.cat(outputs).squeeze(-1).transpose(0, 1), state
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: FunctionCtx, grad_y: Tensor, grad_state: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         delta, w, A, B, C, *borders = ctx.saved_tensors
         grad_A = torch.zeros_like(A)
         parts = []
         chunks = _split(delta, w, B, C, grad_y)
         for (d, w_, B_, C_, y_), border in zip(chunks[::-1], borders[::-1], strict=True):
-            decay, h = _states(d, w_, A, B_, border)
+            decay, h = _states(d, w_, A, B_, border, ctx.negative)
             g = y_.unsqueeze(-1) * C_.unsqueeze(2)
             g[-1] += grad_state
             run_recurrence(decay.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])
             grad_w = (g @ B_.unsqueeze(-1)).squeeze(-1)
             grad_B, grad_C = (w_.unsqueeze(2) @ g).squeeze(2), (y_.unsqueeze(2) @ h).squeeze(2)
-            g *= decay
-            grad_state = g[0].clone()
+            grad_state = g[0] * decay[0]
+            g *= decay.add_(1) if ctx.negative else decay
             g[0] *= border
             g[1:] *= h[:-1]  # from here on the L of the docstring
             parts.append(((g * A).sum(-1), grad_w, grad_B, grad_C))
@@ -182,7 +206,7 @@ class _Scan(torch.autograd.Function):
         grad_delta, grad_w, grad_B, grad_C = (
             torch.cat(part[::-1]).transpose(0, 1) for part in zip(*parts, strict=True)
         )
-        return grad_delta, grad_w, grad_A, grad_B, grad_C, grad_state
+        return grad_delta, grad_w, grad_A, grad_B, grad_C, grad_state, None
 
 
 def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -190,9 +214,13 @@ def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.transpose(0, 1).split(CHUNK) for x in tensors), strict=True))
 
 
-def _states(d: Tensor, w: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The decays and the states of one chunk, both [C, B, E, N]."""
+def _states(
+    d: Tensor, w: Tensor, A: Tensor, B: Tensor, state: Tensor, negative: bool
+) -> tuple[Tensor, Tensor]:
+    """The transitions and the states of one chunk, both [C, B, E, N]."""
     decay = (d.unsqueeze(-1) * A).exp_()
+    if negative:
+        decay.mul_(2).sub_(1)
     h = w.unsqueeze(-1) * B.unsqueeze(2)
     run_recurrence(decay.unbind(), h.unbind(), state)
     return decay, h
@@ -210,6 +238,8 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
         inputs["delta_softplus"] = True
     else:
         inputs["delta"] = F.softplus(normal("B", "T", "E") + case.get("bias", -1.0))
+    if case.get("negative"):
+        inputs["negative_eigenvalues"] = True
     inputs |= {"A": -normal("E", "N").exp(), "B": normal("B", "T", "N"), "C": normal("B", "T", "N")}
     if case.get("gated"):
         inputs |= {"D": normal("E"), "z": normal("B", "T", "E")}
@@ -244,13 +274,13 @@ OPERATOR = Operator(
     equation=(
         r"h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t,\quad y_t = C_t^\top h_t + D u_t"
     ),
-    source="Gu & Dao 2023 (arXiv:2312.00752)",
+    source="Gu & Dao 2023 (arXiv:2312.00752); Grazzi et al. 2024 (arXiv:2411.12537)",
     axes=AXES,
     definition=definition,
     forms={
         "recurrent": Form(
             definition,
-            lambda u, *_: None
+            lambda u, *_, **options: None
             if u.shape[1] <= SHORT
             else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
         ),
@@ -264,6 +294,7 @@ OPERATOR = Operator(
         Case("softplus", SIZES, {"softplus": True, "gated": True}),
         Case("strong_decay", SIZES, {"bias": 4.0}),
         Case("weak_decay", {**SIZES, "T": 150}, {"bias": -7.0}),
+        Case("negative_eigenvalues", {**SIZES, "T": 70}, {"bias": 1.0, "negative": True}),
     ],
     timing=[
         Case("one_text", TIMING),

@@ -3,7 +3,8 @@
     h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T        y_t = h_t^T C_t + D x_t
 
 This is linear attention with q = C, k = B, v = dt x and the scalar log decay dt A. Neighbouring heads form
-G groups, each of which shares its B and C.
+G groups, each of which shares its B and C. With negative eigenvalues the transition is 2 exp(dt_t A) - 1,
+from -1 to 1, so that a state can flip.
 Axes: B batch, T time, H heads, G groups (H a multiple of G), N key width, P value width.
 """
 
@@ -47,6 +48,7 @@ def state_space_dual(
     *,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    negative_eigenvalues: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -62,6 +64,7 @@ def state_space_dual(
         D: weight of the input in the output, [H]; none by default.
         dt_bias: added to dt, [H].
         dt_softplus: whether dt passes through log(1 + exp(.)), after the bias.
+        negative_eigenvalues: whether h_{t-1} is multiplied by 2 exp(dt_t A) - 1 instead.
         initial_state: h before the first token, [B, H, N, P]; zeros by default.
         output_final_state: whether to return h after the last token.
         cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
@@ -74,7 +77,7 @@ def state_space_dual(
         ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
         NoUsableForm: when `form` cannot run here.
 
-    Source: Dao & Gu 2024 (Mamba-2), sections 3, 5 and 6.
+    Source: Dao & Gu 2024 (Mamba-2), sections 3, 5 and 6; Grazzi et al. 2024, section 4.3 (negative eigenvalues).
     """
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
     sizes = check_tensors("state_space_dual", AXES, tensors)
@@ -97,7 +100,8 @@ def state_space_dual(
     inputs = (x, dt, B, C)
     if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
         inputs = tuple(packing.unpack(tensor) for tensor in inputs)
-    y, state = OPERATOR.run(form, inputs[0], inputs[1], A, inputs[2], inputs[3], state)
+    texts, dt, B, C = inputs
+    y, state = OPERATOR.run(form, texts, dt, A, B, C, state, negative=negative_eigenvalues)
     if packing:
         y = packing.pack(y)
     if D is not None:
@@ -106,13 +110,22 @@ def state_space_dual(
 
 
 def definition(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    negative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token."""
     group = torch.arange(x.shape[2], device=x.device) // (x.shape[2] // B.shape[2])
     outputs = []
     for t in range(x.shape[1]):
         decay = (dt[:, t] * A).exp()
+        if negative:
+            decay = 2 * decay - 1
         written = B[:, t, group, :, None] * (dt[:, t, :, None] * x[:, t])[..., None, :]
         state = decay[..., None, None] * state + written
         outputs.append((C[:, t, group, None, :] @ state).squeeze(-2))
@@ -120,15 +133,34 @@ def definition(
 
 
 def chunked(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    negative: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form of linear attention, heads sharing the keys and queries of their group."""
+    """The chunked form of linear attention, heads sharing the keys and queries of their group.
+
+    A transition d_t of either sign is |d_t| with the running product of signs s_t pulled out: s_t h_t follows
+    |d_t|, s_t B_t and s_t C_t, exactly, since s_t s_t = 1. Its logarithm is taken of 2 exp(dt A) - 1 with the
+    cancellation at dt A = 0 avoided.
+    """
     heads = x.shape[2]
     q, k = (
         group.unsqueeze(3).expand(-1, -1, -1, heads // group.shape[2], -1).flatten(2, 3)
         for group in (C, B)
     )
-    return linear_attention_chunked(q, k, dt.unsqueeze(-1) * x, dt * A, state)
+    decay = dt * A
+    if not negative:
+        return linear_attention_chunked(q, k, dt.unsqueeze(-1) * x, decay, state)
+    transition = 1 + 2 * torch.expm1(decay)
+    sign = torch.where(transition < 0, -1.0, 1.0).to(x.dtype).cumprod(1).unsqueeze(-1)
+    size = transition.abs().clamp_min(torch.finfo(x.dtype).tiny).log()
+    y, state = linear_attention_chunked(q * sign, k * sign, dt.unsqueeze(-1) * x, size, state)
+    return y, state * sign[:, -1].unsqueeze(-1)
 
 
 def sample(case: Case, generator: Generator) -> dict[str, Any]:
@@ -142,6 +174,8 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
         inputs |= {"dt": normal("B", "T", "H"), "dt_bias": normal("H") - 1.0, "dt_softplus": True}
     else:
         inputs["dt"] = F.softplus(normal("B", "T", "H") + case.get("bias", -1.0))
+    if case.get("negative"):
+        inputs["negative_eigenvalues"] = True
     inputs["A"] = -normal("H").exp()
     inputs |= {name: normal("B", "T", "G", "N") for name in ("B", "C")}
     if case.get("skip"):
@@ -174,13 +208,13 @@ OPERATOR = Operator(
     equation=(
         r"h_t = e^{\Delta_t A} h_{t-1} + B_t (\Delta_t x_t)^\top,\quad y_t = h_t^\top C_t + D x_t"
     ),
-    source="Dao & Gu 2024 (arXiv:2405.21060)",
+    source="Dao & Gu 2024 (arXiv:2405.21060); Grazzi et al. 2024 (arXiv:2411.12537)",
     axes=AXES,
     definition=definition,
     forms={
         "recurrent": Form(
             definition,
-            lambda x, *_: None
+            lambda x, *_, **options: None
             if x.shape[1] <= SHORT
             else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
         ),
@@ -194,6 +228,7 @@ OPERATOR = Operator(
         Case("own_group", {**SIZES, "G": 4}, {"softplus": True, "skip": True}),
         Case("strong_decay", SIZES, {"bias": 4.0}),
         Case("weak_decay", {**SIZES, "T": 150}, {"bias": -7.0}),
+        Case("negative_eigenvalues", {**SIZES, "T": 150}, {"bias": 1.0, "negative": True}),
     ],
     timing=[
         Case("one_group", TIMING),
