@@ -193,9 +193,9 @@ def chunked(
     written, forgotten = moved.split([v.shape[-1], k.shape[-1]], dim=-1)
     transition = torch.diag_embed(decay.squeeze(-2)) - forgotten
     before = []
-    for m in range(q.shape[2]):
+    for move, write in zip(transition.unbind(2), written.unbind(2), strict=True):
         before.append(state)
-        state = written[:, :, m] + transition[:, :, m] @ state
+        state = write + move @ state
     starts = torch.stack(before, dim=2)
     o = scores @ (values - erased @ starts) + q @ starts
     return from_chunks(o, length), state

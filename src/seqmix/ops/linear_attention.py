@@ -148,10 +148,11 @@ def chunked(
         k = k * (last - total).to(q.dtype).exp()
         decay = last.to(q.dtype).transpose(-1, -2).exp()  # [B, H, M, K or 1, 1]
     written = k.transpose(-1, -2) @ v  # [B, H, M, K, V]: what each chunk adds
+    decays = [None] * q.shape[2] if decay is None else decay.unbind(2)
     before = []
-    for m in range(q.shape[2]):
+    for write, fade in zip(written.unbind(2), decays, strict=True):  # unbind: one node in the backward
         before.append(state)
-        state = written[:, :, m] + (state if decay is None else state * decay[:, :, m])
+        state = write + (state if fade is None else state * fade)
     o = scores @ v + q @ torch.stack(before, dim=2)
     return from_chunks(o, length), state
 
