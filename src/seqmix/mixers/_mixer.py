@@ -122,17 +122,32 @@ class Mixer(nn.Module, ABC):
 
 
 def mixing_matrix(operator: str, arguments: dict[str, Any]) -> Tensor:
-    """M [B, H, T, T] of an operator that is linear in its value argument [B, T, H, V], for given operands."""
+    """M [B, H, T, T] of an operator that is linear in its value argument, for given operands.
+
+    The value is [B, T, H, V], where the identity fills its columns, or [B, T, D], where every channel is a
+    head and the operator runs on one row per token of the identity.
+    """
     description = OPERATORS.get(operator)
     if description.value is None:
         raise ConfigError(f"{operator} has no value argument, so no mixing matrix.")
     value = arguments[description.value]
     batch, length, heads = value.shape[:3]
     identity = torch.eye(length, dtype=value.dtype, device=value.device)
-    unit = identity[None, :, None].expand(batch, length, heads, length)
+    if value.ndim == 3:
+        unit = identity[None, :, :, None].expand(batch, -1, -1, heads).flatten(0, 1)
+        arguments = {
+            name: x.repeat_interleave(length, dim=0)
+            if isinstance(x, Tensor) and description.axes[name][0].startswith("B")
+            else x
+            for name, x in arguments.items()
+        }
+    else:
+        unit = identity[None, :, None].expand(batch, length, heads, length)
     module = importlib.import_module(f"seqmix.ops.{operator}")
     result = getattr(module, operator)(**{**arguments, description.value: unit})
     out = result[0] if isinstance(result, tuple) else result
+    if value.ndim == 3:
+        return out.unflatten(0, (batch, length)).permute(0, 3, 2, 1)  # [B, D, T, T]
     return out.permute(0, 2, 1, 3)  # [B, H, T, T]
 
 

@@ -114,7 +114,7 @@ def other_values(subject: Subject, field: str) -> Iterator[Any]:
 def assert_field_has_an_effect(
     subject: Subject, field: str, output: Callable[[nn.Module], Tensor]
 ) -> None:
-    """Another legal value must change the parameters, their initial values or the output.
+    """Another legal value must change the parameters, their initial values, the output or what training does.
 
     Here, or in another of the class's configurations: a field may matter only beside another.
     """
@@ -126,19 +126,22 @@ def assert_field_has_an_effect(
 
 
 def _has_effect(subject: Subject, field: str, output: Callable[[nn.Module], Tensor]) -> bool:
-    module = subject.build()
-    before = module.state_dict()
     for value in other_values(subject, field):
         try:
-            other = subject.build(**{field: value})
+            module, other = subject.build(), subject.build(**{field: value})
         except SeqmixError:
             continue
-        after = other.state_dict()
+        before, after = module.state_dict(), other.state_dict()
         if before.keys() != after.keys():
             return True
         if any(before[n].shape != after[n].shape or not before[n].equal(after[n]) for n in before):
             return True
-        if not output(module).equal(output(other)):
+        y, y_other = output(module), output(other)
+        if not y.equal(y_other):
+            return True
+        for result in (y, y_other):
+            result.square().sum().backward()
+        if any(not before[n].equal(after[n]) for n in before):  # buffers that a backward pass moves
             return True
     return False
 
