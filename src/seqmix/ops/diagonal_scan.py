@@ -176,9 +176,11 @@ OPERATOR = Operator(
     forms={
         "recurrent": Form(
             definition,
-            lambda x, *_: None
-            if x.shape[1] <= SHORT
-            else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+            lambda x, *_: (
+                None
+                if x.shape[1] <= SHORT
+                else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
+            ),
         ),
         "chunked": Form(chunked),
     },

@@ -137,9 +137,11 @@ OPERATOR = Operator(
     forms={
         "direct": Form(
             direct,
-            lambda u, kernel: None
-            if kernel.shape[1] <= LONGEST_DIRECT
-            else f"{kernel.shape[1]} taps are more than {LONGEST_DIRECT}: use form='fft'",
+            lambda u, kernel: (
+                None
+                if kernel.shape[1] <= LONGEST_DIRECT
+                else f"{kernel.shape[1]} taps are more than {LONGEST_DIRECT}: use form='fft'"
+            ),
         ),
         "fft": Form(fft),
     },

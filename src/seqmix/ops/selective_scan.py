@@ -123,12 +123,12 @@ def definition(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token."""
     outputs = []
-    for t in range(u.shape[1]):
-        decay = (delta[:, t, :, None] * A).exp()
+    for u_t, delta_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, delta, B, C)), strict=True):
+        decay = (delta_t[..., None] * A).exp()
         if negative:
             decay = 2 * decay - 1
-        state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
-        outputs.append((state @ C[:, t, :, None]).squeeze(-1))
+        state = decay * state + (delta_t * u_t)[..., None] * B_t[:, None, :]
+        outputs.append((state @ C_t[..., None]).squeeze(-1))
     return torch.stack(outputs, dim=1), state
 
 
@@ -183,9 +183,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_y: Tensor, grad_state: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         delta, w, A, B, C, *borders = ctx.saved_tensors
         grad_A = torch.zeros_like(A)
         parts = []
@@ -271,18 +269,18 @@ TIMING = {"B": 1, "T": 2048, "E": 256, "N": 16}
 
 OPERATOR = Operator(
     function=selective_scan,
-    equation=(
-        r"h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t,\quad y_t = C_t^\top h_t + D u_t"
-    ),
+    equation=r"h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t,\quad y_t = C_t^\top h_t + D u_t",
     source="Gu & Dao 2023 (arXiv:2312.00752); Grazzi et al. 2024 (arXiv:2411.12537)",
     axes=AXES,
     definition=definition,
     forms={
         "recurrent": Form(
             definition,
-            lambda u, *_, **options: None
-            if u.shape[1] <= SHORT
-            else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+            lambda u, *_, **options: (
+                None
+                if u.shape[1] <= SHORT
+                else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
+            ),
         ),
         "chunked": Form(chunked),
     },

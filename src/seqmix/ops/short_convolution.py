@@ -22,7 +22,7 @@ from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
 
 AXES = {"x": "B T D", "weight": "D W", "bias": "D", "initial_state": "R J D"}
 ACTIVATIONS = (None, "silu")
-WIDEST_SHIFTED = 8  # up to here a pass over the sequence per tap beats the grouped convolution, on a CPU
+WIDEST_SHIFTED = 8  # up to here a pass per tap beats the grouped convolution, on a CPU
 
 
 def short_convolution(
@@ -61,7 +61,9 @@ def short_convolution(
     sizes = check_tensors("short_convolution", AXES, {"x": x, "weight": weight, "bias": bias})
     window = sizes["W"]
     if window < 1:
-        raise ShapeError("short_convolution: `weight` has no taps, wanted [D, W] with W of at least 1.")
+        raise ShapeError(
+            "short_convolution: `weight` has no taps, wanted [D, W] with W of at least 1."
+        )
     if activation not in ACTIVATIONS:
         raise RangeError(
             f"short_convolution: `activation` is {activation!r}, wanted None or 'silu'. "
@@ -168,9 +170,11 @@ OPERATOR = Operator(
     forms={
         "shifted": Form(
             shifted,
-            lambda extended, weight: None
-            if weight.shape[1] <= WIDEST_SHIFTED
-            else f"{weight.shape[1]} taps are more than {WIDEST_SHIFTED}: use form='conv1d'",
+            lambda extended, weight: (
+                None
+                if weight.shape[1] <= WIDEST_SHIFTED
+                else f"{weight.shape[1]} taps are more than {WIDEST_SHIFTED}: use form='conv1d'"
+            ),
         ),
         "conv1d": Form(conv1d),
     },

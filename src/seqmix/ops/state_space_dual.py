@@ -5,7 +5,7 @@
 This is linear attention with q = C, k = B, v = dt x and the scalar log decay dt A. Neighbouring heads form
 G groups, each of which shares its B and C. With negative eigenvalues the transition is 2 exp(dt_t A) - 1,
 from -1 to 1, so that a state can flip.
-Axes: B batch, T time, H heads, G groups (H a multiple of G), N key width, P value width.
+Axes: B batch, T time, H heads, G groups of R heads, N key width, P value width; M chunks, C places in a chunk.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import widen
+from seqmix.ops._chunks import decay_matrix, from_chunks, into_chunks, running_total
 from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
 from seqmix.ops._step_size import check_decay_rate, step_size
-from seqmix.ops.linear_attention import CHUNK
-from seqmix.ops.linear_attention import chunked as linear_attention_chunked
-from seqmix.ops.linear_attention import cost as linear_attention_cost
 
+CHUNK = 32
 SHORT = 4  # up to here the loop over tokens beats a chunk
 AXES = {
     "x": "B T H P",
@@ -120,15 +119,15 @@ def definition(
     negative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token."""
-    group = torch.arange(x.shape[2], device=x.device) // (x.shape[2] // B.shape[2])
+    B, C = (maps.repeat_interleave(x.shape[2] // maps.shape[2], dim=2) for maps in (B, C))
     outputs = []
-    for t in range(x.shape[1]):
-        decay = (dt[:, t] * A).exp()
+    for x_t, dt_t, B_t, C_t in zip(*(tensor.unbind(1) for tensor in (x, dt, B, C)), strict=True):
+        decay = (dt_t * A).exp()
         if negative:
             decay = 2 * decay - 1
-        written = B[:, t, group, :, None] * (dt[:, t, :, None] * x[:, t])[..., None, :]
+        written = B_t[..., None] * (dt_t[..., None] * x_t)[..., None, :]
         state = decay[..., None, None] * state + written
-        outputs.append((C[:, t, group, None, :] @ state).squeeze(-2))
+        outputs.append((C_t[..., None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1), state
 
 
@@ -142,25 +141,62 @@ def chunked(
     *,
     negative: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form of linear attention, heads sharing the keys and queries of their group.
+    """Attention inside chunks, the recurrence between them, in log space.
 
     A transition d_t of either sign is |d_t| with the running product of signs s_t pulled out: s_t h_t follows
-    |d_t|, s_t B_t and s_t C_t, exactly, since s_t s_t = 1. Its logarithm is taken of 2 exp(dt A) - 1 with the
+    |d_t| and is written s_t x_t, exactly, since s_t s_t = 1. Its logarithm is taken of 2 exp(dt A) - 1 with the
     cancellation at dt A = 0 avoided.
     """
-    heads = x.shape[2]
-    q, k = (
-        group.unsqueeze(3).expand(-1, -1, -1, heads // group.shape[2], -1).flatten(2, 3)
-        for group in (C, B)
-    )
-    decay = dt * A
+    values, log_decay = dt.unsqueeze(-1) * x, dt * A
     if not negative:
-        return linear_attention_chunked(q, k, dt.unsqueeze(-1) * x, decay, state)
-    transition = 1 + 2 * torch.expm1(decay)
+        return _attend(values, log_decay, B, C, state)
+    transition = 1 + 2 * torch.expm1(log_decay)
     sign = torch.where(transition < 0, -1.0, 1.0).to(x.dtype).cumprod(1).unsqueeze(-1)
     size = transition.abs().clamp_min(torch.finfo(x.dtype).tiny).log()
-    y, state = linear_attention_chunked(q * sign, k * sign, dt.unsqueeze(-1) * x, size, state)
-    return y, state * sign[:, -1].unsqueeze(-1)
+    y, state = _attend(sign * values, size, B, C, state)
+    return sign * y, state * sign[:, -1].unsqueeze(-1)
+
+
+def _attend(
+    values: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(a_t) h_{t-1} + B_t v_t^T and y_t = h_t^T C_t (Mamba-2, section 6), with b the running sum of a:
+
+    y[i] = sum_j (C[i] . B[j]) exp(b[i] - b[j]) v[j] + exp(b[i]) h^T C[i] inside a chunk, j <= i, and between
+    chunks h <- exp(b[C]) h + sum_j exp(b[C] - b[j]) B[j] v[j]^T.
+
+    This is the chunked form of linear attention, but the heads of a group share keys and queries: C[i] . B[j]
+    is computed once for all, and their values are columns of one product with B or C, which is never repeated.
+    """
+    length, groups = values.shape[1], B.shape[2]
+    chunk = min(CHUNK, length)
+    log_decay = into_chunks(log_decay, chunk)  # [B, H, M, C]
+    values = into_chunks(values.unflatten(2, (groups, -1)), chunk)  # [B, G, M, C, R, P]
+    keys, queries = into_chunks(B, chunk), into_chunks(C, chunk)  # [B, G, M, C, N]
+    heads = values.shape[-2]
+
+    def decays(log: Tensor) -> Tensor:
+        """[B, H, M, places] as factors of the values, [B, G, M, places, R, 1]."""
+        factor = log.to(values.dtype).exp().unflatten(1, (groups, heads))
+        return factor.movedim(2, -1).unsqueeze(-1)
+
+    total = running_total(log_decay, -1)
+    last = total[..., -1:]
+    shared = (queries @ keys.transpose(-1, -2)).unsqueeze(2)
+    scores = shared * decay_matrix(log_decay).unflatten(1, (groups, heads))
+    inside = (scores @ values.movedim(-2, 2)).movedim(2, -2)
+
+    written = keys.transpose(-1, -2) @ (values * decays(last - total)).flatten(-2)
+    state = state.unflatten(1, (groups, heads)).movedim(2, 3)  # [B, G, N, R, P]
+    before = []
+    for added, decay in zip(
+        written.unflatten(-1, (heads, -1)).unbind(2), decays(last).unbind(2), strict=True
+    ):
+        before.append(state)
+        state = torch.addcmul(added, decay, state)
+    read = (queries @ torch.stack(before, dim=2).flatten(-2)).unflatten(-1, (heads, -1))
+    y = torch.addcmul(inside, decays(total), read)
+    return from_chunks(y, length).flatten(2, 3), state.movedim(3, 2).flatten(1, 2)
 
 
 def sample(case: Case, generator: Generator) -> dict[str, Any]:
@@ -196,8 +232,12 @@ def extreme(case: Case, generator: Generator) -> dict[str, Any]:
 
 
 def cost(case: Case) -> Cost:
-    """That of chunked linear attention with key width N and value width P."""
-    return linear_attention_cost(case.at(K=case["N"], V=case["P"]))
+    """Of the chunked form: scores per group; their product with x, writing and reading the state per head."""
+    B, T, H, G, N, P = (case[letter] for letter in "BTHGNP")
+    C = min(CHUNK, T)
+    flops = B * T * (2 * G * C * N + H * (2 * C * P + 4 * N * P))
+    moved = 4 * B * (T * (2 * H * P + 2 * G * N + H) + -(-T // C) * 2 * H * N * P)
+    return Cost(flops=flops, bytes=moved, state_bytes=4 * B * H * N * P)
 
 
 SIZES = {"B": 2, "T": 37, "H": 4, "G": 1, "N": 8, "P": 6}
@@ -214,9 +254,11 @@ OPERATOR = Operator(
     forms={
         "recurrent": Form(
             definition,
-            lambda x, *_, **options: None
-            if x.shape[1] <= SHORT
-            else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+            lambda x, *_, **options: (
+                None
+                if x.shape[1] <= SHORT
+                else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
+            ),
         ),
         "chunked": Form(chunked),
     },
