@@ -178,7 +178,7 @@ def test_broken_mixers_fail_the_law_that_they_break(mutant: Any, law: Law) -> No
 
 
 def test_check_mixer_names_the_mixer_and_the_law() -> None:
-    with pytest.raises(AssertionError, match="LooksAhead.*breaks the_future_changes_nothing"):
+    with pytest.raises(AssertionError, match=r"LooksAhead.*breaks the_future_changes_nothing"):
         check_mixer(LooksAhead)
 
 

@@ -20,7 +20,9 @@ from seqmix.mixers._delta import DecayRate, DeltaConfig, DeltaMixer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DeltaConfig):
-    gate_rank: int | None = None  # of the decay and of the output gate; the value width of a head if none
+    gate_rank: int | None = (
+        None  # of the decay and of the output gate; the value width of a head if none
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +47,9 @@ class KimiDeltaAttention(DeltaMixer):
             nn.Linear(config.width, rank, bias=False), nn.Linear(rank, keys, bias=False)
         )
         self.decay_rate = DecayRate(config.heads, config.key_width)
-        self.gate = nn.Sequential(nn.Linear(config.width, rank, bias=False), nn.Linear(rank, values))
+        self.gate = nn.Sequential(
+            nn.Linear(config.width, rank, bias=False), nn.Linear(rank, values)
+        )
 
     def log_decay(self, x: Tensor) -> Tensor:
         return self.decay_rate(self.decay(x).unflatten(-1, (self.config.heads, -1)))

@@ -81,7 +81,9 @@ def check(kind: type[Any], laws: Sequence[Law]) -> None:
                 law(subject)
             except Exception as error:
                 if reason is None:
-                    raise AssertionError(f"{kind.__name__} ({subject.name}) breaks {law.__name__}: {error}") from error
+                    raise AssertionError(
+                        f"{kind.__name__} ({subject.name}) breaks {law.__name__}: {error}"
+                    ) from error
             else:
                 if reason is not None:
                     raise AssertionError(
@@ -163,7 +165,9 @@ def assert_every_parameter_gets_a_gradient(module: nn.Module, output: Callable[[
 def assert_moderate_scale(y: Tensor) -> None:
     rms = float(y.detach().square().mean().sqrt())
     wanted = f"between {SMALLEST_RMS} and {LARGEST_RMS}"
-    assert SMALLEST_RMS <= rms <= LARGEST_RMS, f"the output's root mean square is {rms:.3g}, wanted {wanted}"
+    assert SMALLEST_RMS <= rms <= LARGEST_RMS, (
+        f"the output's root mean square is {rms:.3g}, wanted {wanted}"
+    )
 
 
 def assert_round_trip(subject: Subject, output: Callable[[nn.Module], Tensor]) -> None:
@@ -188,10 +192,14 @@ def assert_builds_on_meta(subject: Subject, output: Callable[[nn.Module], Tensor
     for tensor in [*filled.parameters(), *filled.buffers()]:
         tensor.data.fill_(torch.nan if tensor.is_floating_point() else 0)
     filled.load_state_dict(module.state_dict())
-    assert output(filled).equal(output(module)), "something outside the state dict was lost on the meta device"
+    assert output(filled).equal(output(module)), (
+        "something outside the state dict was lost on the meta device"
+    )
 
 
-def assert_deep_copy_is_independent(subject: Subject, output: Callable[[nn.Module], Tensor]) -> None:
+def assert_deep_copy_is_independent(
+    subject: Subject, output: Callable[[nn.Module], Tensor]
+) -> None:
     module = subject.build()
     copy = deepcopy(module)
     before = output(module)
@@ -203,7 +211,9 @@ def assert_deep_copy_is_independent(subject: Subject, output: Callable[[nn.Modul
     assert not output(copy).equal(before), "the deep copy does not use its own parameters"
 
 
-def assert_bfloat16_is_near(subject: Subject, output: Callable[[nn.Module, torch.dtype], Tensor]) -> None:
+def assert_bfloat16_is_near(
+    subject: Subject, output: Callable[[nn.Module, torch.dtype], Tensor]
+) -> None:
     """Against float32 on the same rounded weights and inputs, an output may lose 2**-8 about a dozen times."""
     module = subject.build(dtype=torch.bfloat16)
     y = output(module, torch.bfloat16)

@@ -39,7 +39,9 @@ def every_parameter_gets_a_gradient(subject: Subject) -> None:
 
 def every_field_has_an_effect(subject: Subject) -> None:
     for field in subject.kind.Config.fields():
-        _subject.assert_field_has_an_effect(subject, field, lambda channel: _output(subject, channel))
+        _subject.assert_field_has_an_effect(
+            subject, field, lambda channel: _output(subject, channel)
+        )
 
 
 def output_scale_is_moderate(subject: Subject) -> None:
@@ -65,7 +67,9 @@ def a_deep_copy_is_independent(subject: Subject) -> None:
 
 
 def bfloat16_stays_within_budget(subject: Subject) -> None:
-    _subject.assert_bfloat16_is_near(subject, lambda channel, dtype: channel(subject.tokens().bfloat16().to(dtype)))
+    _subject.assert_bfloat16_is_near(
+        subject, lambda channel, dtype: channel(subject.tokens().bfloat16().to(dtype))
+    )
 
 
 def repeated_runs_are_equal(subject: Subject) -> None:

@@ -40,9 +40,13 @@ def the_future_changes_nothing(subject: Subject) -> None:
     for t in (1, 7, LENGTH - 1):
         y = mixer(torch.cat([x[:, :t], 10 * other[:, t:]], dim=1))[0][:, :t]
         if mixer.causal:
-            assert_close(y, mixer(x)[0][:, :t], f"outputs before token {t} when the tokens after it change")
+            assert_close(
+                y, mixer(x)[0][:, :t], f"outputs before token {t} when the tokens after it change"
+            )
         else:
-            assert not torch.allclose(y, mixer(x)[0][:, :t]), "it says that it looks ahead, and does not"
+            assert not torch.allclose(y, mixer(x)[0][:, :t]), (
+                "it says that it looks ahead, and does not"
+            )
 
 
 def the_future_gets_no_gradient(subject: Subject) -> None:
@@ -52,7 +56,9 @@ def the_future_gets_no_gradient(subject: Subject) -> None:
     if mixer.causal:
         (gradient,) = torch.autograd.grad(mixer(x)[0][:, :9].square().sum(), x)
         past, future = float(gradient[:, :9].abs().max()), float(gradient[:, 9:].abs().max())
-        assert future <= 1e-12 * past, f"later tokens get a gradient of {future:.1e} (earlier ones {past:.1e})"
+        assert future <= 1e-12 * past, (
+            f"later tokens get a gradient of {future:.1e} (earlier ones {past:.1e})"
+        )
 
 
 def step_equals_forward(subject: Subject) -> None:
@@ -126,11 +132,16 @@ def packed_texts_equal_separate_calls(subject: Subject) -> None:
     y, state = mixer(torch.cat(texts, dim=1), cu_seqlens=_bounds(TEXTS))
     assert_close(y, torch.cat([y for y, _ in separate], dim=1), "packed texts", EXACT)
     for i, (_, alone) in enumerate(separate):
-        _assert_same_state(mixer, select_rows(state, [i]), alone, subject, f"after packed text {i}", EXACT)
+        _assert_same_state(
+            mixer, select_rows(state, [i]), alone, subject, f"after packed text {i}", EXACT
+        )
 
 
 def packed_texts_give_the_same_gradients(subject: Subject) -> None:
-    mixer, x = subject.build(dtype=torch.float64), subject.tokens(sum(TEXTS), batch=1, dtype=torch.float64)
+    mixer, x = (
+        subject.build(dtype=torch.float64),
+        subject.tokens(sum(TEXTS), batch=1, dtype=torch.float64),
+    )
 
     def separately(x: Tensor) -> list[Tensor]:
         return [mixer(text)[0] for text in x.split(TEXTS, dim=1)]
@@ -188,13 +199,17 @@ def state_bytes_are_as_declared(subject: Subject) -> None:
     _, state = mixer(subject.tokens(8))
     for length in (8, 9, 10):
         declared, real = mixer.state_bytes(length), num_bytes(state) // 2
-        assert declared == real, f"state_bytes({length}) is {declared}, the state takes {real} per text"
+        assert declared == real, (
+            f"state_bytes({length}) is {declared}, the state takes {real} per text"
+        )
         _, state = mixer(subject.tokens(1, seed=length), state)
     for length in (0, 1, LENGTH):
         x = subject.tokens(length)
         state = mixer(x)[1] if length else mixer.initial_state(2, x)
         declared, real = mixer.state_bytes(length), num_bytes(state) // 2
-        assert declared == real, f"state_bytes({length}) is {declared}, the state takes {real} per text"
+        assert declared == real, (
+            f"state_bytes({length}) is {declared}, the state takes {real} per text"
+        )
 
 
 def cost_is_positive_and_grows(subject: Subject) -> None:
@@ -223,7 +238,9 @@ def matrix_is_what_the_operator_does(subject: Subject) -> None:
     if value.ndim == 3:  # [B, T, D]: every channel is a head
         value, output = value.unsqueeze(-1), output.unsqueeze(-1)
     batch, heads, rows, columns = matrix.shape
-    assert (batch, heads, rows) == (x.shape[0], output.shape[2], x.shape[1]), f"matrix {list(matrix.shape)}"
+    assert (batch, heads, rows) == (x.shape[0], output.shape[2], x.shape[1]), (
+        f"matrix {list(matrix.shape)}"
+    )
     value = value.repeat_interleave(heads // value.shape[2], dim=2)
     applied = torch.einsum("bhts,bshv->bthv", matrix, value)
     assert_close(applied, output, "matrix times value", 1e-6)
@@ -259,14 +276,20 @@ def inference_states_can_be_continued(subject: Subject) -> None:
         middle, state = mixer(x[:, 9:11], state)
     with torch.no_grad():
         tail, _ = mixer(x[:, 11:], state)
-    assert_close(torch.cat([head, middle, tail], dim=1), mixer(x)[0], "continued outside inference mode")
+    assert_close(
+        torch.cat([head, middle, tail], dim=1), mixer(x)[0], "continued outside inference mode"
+    )
 
 
 def long_texts_stay_finite(subject: Subject) -> None:
     mixer, x = subject.build(), subject.tokens(300, batch=1).requires_grad_()
     y, state = mixer(x)
     y.square().sum().backward()
-    for name, tensor in [("output", y), ("gradient", x.grad), *(("state", s) for s in leaves(state))]:
+    for name, tensor in [
+        ("output", y),
+        ("gradient", x.grad),
+        *(("state", s) for s in leaves(state)),
+    ]:
         assert tensor.isfinite().all(), f"the {name} is not finite after 300 tokens"
 
 
@@ -306,12 +329,21 @@ def _gradients(
 
 
 def _assert_same_state(
-    mixer: nn.Module, got: State, wanted: State, subject: Subject, what: str, tolerance: float = 1e-5
+    mixer: nn.Module,
+    got: State,
+    wanted: State,
+    subject: Subject,
+    what: str,
+    tolerance: float = 1e-5,
 ) -> None:
     """States are equal if what follows them is: padding and spare room may differ."""
-    x = subject.tokens(5, batch=max(1, num_rows(wanted)), seed=4, dtype=next(mixer.parameters()).dtype)
+    x = subject.tokens(
+        5, batch=max(1, num_rows(wanted)), seed=4, dtype=next(mixer.parameters()).dtype
+    )
     with torch.no_grad():
-        assert_close(mixer(x, got)[0], mixer(x, wanted)[0], f"what follows the state {what}", tolerance)
+        assert_close(
+            mixer(x, got)[0], mixer(x, wanted)[0], f"what follows the state {what}", tolerance
+        )
 
 
 MIXER_LAWS: tuple[Law, ...] = (

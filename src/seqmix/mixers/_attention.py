@@ -1,0 +1,267 @@
+"""What the attention mixers share, and how their key-value state is kept.
+
+Rows of a state are aligned to the right: row b holds keys at the indices start[b] to S - 1, so that rows of
+different lengths go on together by appending to all of them at once. Keys are kept after rotation by their
+position in the text. With a window only the first `sinks` and the last `window - 1` keys are kept (no later
+query sees another), in plain tensors, with the number of tokens `seen`; without one they grow in place.
+Axes: B batch (N rows of packed texts), T new tokens, S keys, H heads, G key heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqmix.core.errors import ConfigError
+from seqmix.core.state import Growing, State
+from seqmix.layers.positions import rotate
+from seqmix.mixers._mixer import HeadsConfig, Mixer
+from seqmix.ops import Case
+from seqmix.ops.attention import attention
+
+INTEGER_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(HeadsConfig):
+    key_heads: int | None = None  # as many as heads if none; fewer are shared by neighbouring heads
+    window: int | None = None  # tokens that a token sees, itself included; all earlier ones if none
+    sinks: int = 0  # first tokens of a text that stay visible beyond the window
+    rope_base: float | None = 10000.0  # none: no positions
+    qk_norm: bool = False  # an RMS norm per head on queries and keys
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups = self.heads if self.key_heads is None else self.key_heads
+        if groups < 1 or self.heads % groups:
+            raise ConfigError(
+                f"key_heads={groups} must divide heads={self.heads}. Change one of them, or leave out key_heads."
+            )
+        if self.window is not None and self.window < 1:
+            raise ConfigError(
+                f"window={self.window}, wanted at least 1, or none to see everything."
+            )
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise ConfigError(
+                f"sinks={self.sinks} with window={self.window}: sinks are first tokens (0 or more) that stay "
+                "visible beyond a window. Give a window, or leave out sinks."
+            )
+        if self.rope_base is not None and self.rope_base <= 0:
+            raise ConfigError(
+                f"rope_base={self.rope_base}, wanted more than 0, or none for no positions."
+            )
+        if self.rope_base is not None and self.head_width % 2:
+            raise ConfigError(
+                f"width={self.width} and heads={self.heads} make heads of {self.head_width} channels, which "
+                "rotary positions cannot pair. Change the heads, or set rope_base=none."
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.key_heads or self.heads
+
+    @property
+    def kept(self) -> int | None:
+        """How many keys later tokens may still see; None for all."""
+        return None if self.window is None else self.window - 1 + self.sinks
+
+
+class AttentionMixer(Mixer):
+    """q, k, v = W x per head, q and k rotated; y_t = W_o sum_j softmax_j(q_t . k_j / sqrt(K)) v_j."""
+
+    operator = "attention"
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(config)
+        width, keys = config.width, config.groups * config.head_width
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, keys, bias=False)
+        self.value = nn.Linear(width, keys, bias=False)
+        self.query_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        self.output = nn.Linear(width, width, bias=False)
+
+    def initial_state(self, batch: int, like: Tensor) -> State:
+        c = self.config
+        empty = like.new_zeros(batch, 0, c.groups, c.head_width)
+        count = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return self._state(empty, empty.clone(), count, count.clone())
+
+    def operands(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[dict[str, Any], State]:
+        """For texts from their first token; later ones see the keys of the state, which `forward` puts before."""
+        length = x.shape[1]
+        positions = torch.arange(length, device=x.device)
+        if cu_seqlens is not None:
+            positions = Ragged(cu_seqlens).place.unsqueeze(0)
+        q, k, v = self._project(x, positions)
+        return {"q": q, "k": k, "v": v, **self._visibility()}, None
+
+    def forward(
+        self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        if state is None:
+            arguments, _ = self.operands(x, None, cu_seqlens)
+            o = attention(**arguments, cu_seqlens=cu_seqlens)
+            after = self._first_state(arguments["k"], arguments["v"], cu_seqlens)
+        elif cu_seqlens is None:
+            o, after = self._continue(x, state)
+        else:
+            o, after = self._continue_ragged(x, state, Ragged(cu_seqlens))
+        return self.output(o.flatten(-2)), after
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        q = self.query(x).unflatten(-1, (c.heads, -1))
+        k = self.key(x).unflatten(-1, (c.groups, -1))
+        v = self.value(x).unflatten(-1, (c.groups, -1))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if c.rope_base is not None:
+            q, k = rotate(q, positions, c.rope_base), rotate(k, positions, c.rope_base)
+        return q, k, v
+
+    def _visibility(self) -> dict[str, Any]:
+        c = self.config
+        return {} if c.window is None else {"window": c.window, "sinks": c.sinks}
+
+    def _first_state(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> State:
+        if cu_seqlens is None:
+            seen = torch.full((k.shape[0],), k.shape[1], dtype=torch.long, device=k.device)
+            return self._state(k, v, torch.zeros_like(seen), seen)
+        texts = Ragged(cu_seqlens)
+        return self._state(
+            texts.unpack(k), texts.unpack(v), texts.longest - texts.lengths, texts.lengths
+        )
+
+    def _state(
+        self, keys: Tensor | Growing, values: Tensor | Growing, start: Tensor, seen: Tensor
+    ) -> State:
+        """The state of all keys so far (`start [B]` is where each row begins, `seen [B]` its tokens)."""
+        if isinstance(keys, Growing):
+            return {"keys": keys, "values": values, "start": start}
+        if self.config.kept is None:
+            return {"keys": Growing(keys), "values": Growing(values), "start": start}
+        forgotten = keys.shape[1] - self.config.kept
+        if forgotten > 0:
+            shift = start.clamp_max(forgotten)
+            keys, values = (self._forget(x, forgotten, shift) for x in (keys, values))
+            start = start - shift
+        return {"keys": keys, "values": values, "start": start, "seen": seen}
+
+    def _forget(self, x: Tensor, forgotten: int, shift: Tensor) -> Tensor:
+        """The first `sinks` of each row (which begin at `shift`) and the last `window - 1`."""
+        sinks = self.config.sinks
+        recent = x[:, forgotten + sinks :]
+        if sinks == 0:
+            return recent
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        return torch.cat(
+            [x[rows, torch.arange(sinks, device=x.device) + shift.unsqueeze(-1)], recent], dim=1
+        )
+
+    def _seen(self, state: State) -> Tensor:
+        """Tokens of each row so far, [B]."""
+        if self.config.kept is None:
+            return state["keys"].length - state["start"]
+        return state["seen"]
+
+    def _continue(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The same number of tokens for every row."""
+        seen, start = self._seen(state), state["start"]
+        q, k, v = self._project(x, seen.unsqueeze(-1) + torch.arange(x.shape[1], device=x.device))
+        if self.config.kept is None:
+            keys, values = state["keys"].append(k), state["values"].append(v)
+            all_keys, all_values = keys.tensor, values.tensor
+        else:
+            keys, values = (
+                torch.cat([state["keys"], k], dim=1),
+                torch.cat([state["values"], v], dim=1),
+            )
+            all_keys, all_values = keys, values
+        seen = seen + x.shape[1]
+        o = self._attend(q, all_keys, all_values, start, seen)
+        return o, self._state(keys, values, start, seen)
+
+    def _continue_ragged(self, x: Tensor, state: State, texts: Ragged) -> tuple[Tensor, State]:
+        """Packed texts that go on by different numbers of tokens: every row is aligned to the right again."""
+        seen, start = self._seen(state), state["start"]
+        positions = seen.index_select(0, texts.text) + texts.place
+        q, k, v = (texts.unpack(part) for part in self._project(x, positions.unsqueeze(0)))
+        before = state["keys"].length if self.config.kept is None else state["keys"].shape[1]
+        held = before - start
+        total = held + texts.lengths
+        longest = int(total.max())
+        rank = torch.arange(longest, device=x.device) - (longest - total).unsqueeze(-1)  # [N, S]
+        held, start, padding = (
+            n.unsqueeze(-1) for n in (held, start, texts.longest - texts.lengths)
+        )
+        source = torch.where(rank < held, start + rank, before + padding + rank - held).clamp_min(0)
+        rows = torch.arange(source.shape[0], device=x.device).unsqueeze(-1)
+        keys, values = (
+            torch.cat([old.tensor if isinstance(old, Growing) else old, new], dim=1)[rows, source]
+            for old, new in ((state["keys"], k), (state["values"], v))
+        )
+        start, seen = longest - total, seen + texts.lengths
+        o = self._attend(q, keys, values, start, seen)
+        return texts.pack(o), self._state(keys, values, start, seen)
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, seen: Tensor
+    ) -> Tensor:
+        """q [B, T, H, K], the last T tokens, over all keys; a bias is needed only where rows are padded."""
+        if not bool(start.any()):
+            return attention(q, keys, values, **self._visibility())
+        c, total = self.config, keys.shape[1]
+        index = torch.arange(total, device=q.device)
+        rank = index - start.unsqueeze(-1)
+        at_end = seen.unsqueeze(-1) - total + index
+        positions = at_end if c.window is None else torch.where(rank < c.sinks, rank, at_end)
+        own = at_end[:, total - q.shape[1] :].unsqueeze(-1)  # [B, T, 1]
+        distance = own - positions.unsqueeze(1)
+        visible = (rank >= 0).unsqueeze(1) & (distance >= 0)
+        if c.window is not None:
+            visible &= (distance < c.window) | (rank < c.sinks).unsqueeze(1)
+        bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(
+            ~visible, -torch.inf
+        )
+        return attention(q, keys, values, bias=bias.unsqueeze(1))
+
+    def state_bytes(self, length: int) -> int:
+        c = self.config
+        kept = length if c.kept is None else min(length, c.kept)
+        counts = 1 if c.kept is None else 2
+        return 4 * 2 * kept * c.groups * c.head_width + counts * INTEGER_BYTES
+
+    def operator_case(self, tokens: int, context: int) -> Case:
+        c = self.config
+        keys = tokens + (context if c.kept is None else min(context, c.kept))
+        sizes = {"B": 1, "T": tokens, "S": keys, "H": c.heads, "G": c.groups}
+        window = None if c.window is None else c.window + c.sinks
+        return Case("mixer", {**sizes, "K": c.head_width, "V": c.head_width}, {"window": window})
+
+
+class Ragged:
+    """Texts packed in one row [1, total], as rows [N, longest] aligned to the right, and back."""
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        bounds = cu_seqlens.long()
+        self.lengths = bounds.diff()
+        self.longest = int(self.lengths.max())
+        self.text = torch.repeat_interleave(self.lengths)  # [total]: which text
+        total = torch.arange(len(self.text), device=bounds.device)
+        self.place = total - bounds[:-1].index_select(0, self.text)  # [total]: where in the text
+        self.column = self.place + (self.longest - self.lengths).index_select(0, self.text)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`[1, total, ...]` to `[N, longest, ...]`, zeros before the beginning of each text."""
+        rows = x.new_zeros(len(self.lengths), self.longest, *x.shape[2:])
+        return rows.index_put((self.text, self.column), x[0])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[N, longest, ...]` to `[1, total, ...]`."""
+        return x[self.text, self.column].unsqueeze(0)
