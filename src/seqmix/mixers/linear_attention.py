@@ -59,10 +59,6 @@ class LinearAttention(Mixer):
         "softmax": {"feature_map": "softmax"},
         "norm": {"feature_map": "identity", "normalize": False},
     }
-    examples: ClassVar = {
-        "softmax": {"feature_map": "softmax"},
-        "not_normalized": {"feature_map": "identity", "normalize": False},
-    }
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
