@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from seqmix.core.errors import ConfigError, RangeError, ShapeError
+from seqmix.data.packing import IGNORED
 from seqmix.tasks import (
     TASKS,
     associative_recall,
@@ -14,7 +15,7 @@ from seqmix.tasks import (
     passkey,
 )
 from seqmix.tasks import permutation_composition as permutation
-from seqmix.tasks._task import IGNORED, SPLITS
+from seqmix.tasks._task import SPLITS
 from seqmix.testing.tasks import TASK_LAWS, check_task, refuses, task_examples
 
 EXAMPLES = {

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from seqmix.core.config import Config
 from seqmix.core.errors import ConfigError, RangeError, ShapeError
+from seqmix.data.packing import IGNORED
 
-IGNORED = -100  # a position that is not scored
 SPLITS = ("train", "test")
 TEST_SHARE = 4  # one example in four belongs to the test split
 ROUNDS = 200  # of drawing, before an example space is called too small
@@ -27,7 +27,8 @@ ROUNDS = 200  # of drawing, before an example space is called too small
 class Batch(NamedTuple):
     """Examples `[N, T]`, int64. `labels[n, t]` is the right output at position t itself, not t + 1.
 
-    A loss on them must not shift; -100 marks a position that is not scored.
+    A loss on them must not shift: language models here take them as `shift_labels`. -100 marks a
+    position that is not scored.
     """
 
     inputs: Tensor

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from seqmix.core.errors import ConfigError
-from seqmix.tasks._task import IGNORED, TaskConfig
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import TaskConfig
 
 SCORED = ("every", "last")
 

@@ -16,7 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from seqmix.core.errors import ConfigError
-from seqmix.tasks._task import IGNORED, Task, TaskConfig, distinct, first_in_order
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import Task, TaskConfig, distinct, first_in_order
 
 FILLERS = ("blank", "random")
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from seqmix.core.errors import ConfigError
-from seqmix.tasks._task import IGNORED, Task, TaskConfig
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import Task, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)

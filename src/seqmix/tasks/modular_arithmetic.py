@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from seqmix.core.errors import ConfigError
-from seqmix.tasks._task import IGNORED, Task
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import Task
 from seqmix.tasks._tracking import TrackingConfig, keep_scored
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from seqmix.core.errors import ConfigError
-from seqmix.tasks._task import IGNORED, Task, TaskConfig
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import Task, TaskConfig
 
 FILLER = (
     b"Rain fell on the hills. The river ran slowly to the sea. Reeds moved in the wind. "

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from seqmix.core.errors import ConfigError
-from seqmix.tasks._task import IGNORED, Task, TaskConfig, distinct
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import Task, TaskConfig, distinct
 
 BLANK = 0
 

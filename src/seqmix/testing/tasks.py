@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from seqmix.core.errors import RangeError, SeqmixError
-from seqmix.tasks._task import IGNORED, SPLITS, Batch, Task
+from seqmix.data.packing import IGNORED
+from seqmix.tasks._task import SPLITS, Batch, Task
 
 Law = Callable[[Task[Any]], None]
 MANY = 1024  # examples where a frequency is estimated
