@@ -62,7 +62,7 @@ class Task(ABC, Generic[C]):
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, config: C | None = None) -> None:
-        self.config = cast(C, self.Config() if config is None else config)
+        self.config = cast("C", self.Config() if config is None else config)
         self._check_length(self.config.length)
 
     @property
