@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
@@ -105,14 +105,14 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
         h = _scan(x, decay, state)
         ctx.save_for_backward(decay, state, h)
         return h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, state, h = ctx.saved_tensors
         state = state.unsqueeze(1)
         later = torch.cat([decay[:, 1:], torch.zeros_like(state)], dim=1)
@@ -135,7 +135,8 @@ def _scan(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     run_recurrence(decay.prod(2).unbind(1), added.unbind(1), state)
     before = torch.cat([state.unsqueeze(1), added[:, :-1]], dim=1)
     run_recurrence(decays, values, before)
-    return h.flatten(1, 2)[:, :length]
+    joined: Tensor = h.flatten(1, 2)
+    return joined[:, :length]
 
 
 def sample(case: Case, generator: Generator) -> dict[str, Any]:

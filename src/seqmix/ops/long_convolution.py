@@ -54,7 +54,7 @@ def long_convolution(
     dtype = u.dtype
     u, kernel, D = widen(u, kernel, D)
     texts = packing.unpack(u) if packing else u
-    y = OPERATOR.run(form, texts, kernel[:, : texts.shape[1]])
+    y: Tensor = OPERATOR.run(form, texts, kernel[:, : texts.shape[1]])
     if packing:
         y = packing.pack(y)
     if D is not None:
@@ -78,7 +78,8 @@ def fft(u: Tensor, kernel: Tensor) -> Tensor:
     size = fast_size(length + kernel.shape[1] - 1)
     signal = torch.fft.rfft(u.transpose(1, 2), n=size)
     response = torch.fft.rfft(kernel, n=size)
-    return torch.fft.irfft(signal * response, n=size)[..., :length].transpose(1, 2)
+    y: Tensor = torch.fft.irfft(signal * response, n=size)
+    return y[..., :length].transpose(1, 2)
 
 
 def fast_size(size: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
@@ -97,10 +97,9 @@ def selective_scan(
     delta = step_size("selective_scan", "delta", delta, delta_bias, softplus=delta_softplus)
     if state is None:
         state = u.new_zeros(rows, sizes["E"], sizes["N"])
-    inputs = (u, delta, B, C)
+    texts = u
     if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
-        inputs = tuple(packing.unpack(x) for x in inputs)
-    texts, delta, B, C = inputs
+        texts, delta, B, C = (packing.unpack(x) for x in (u, delta, B, C))
     y, state = OPERATOR.run(form, texts, delta, A, B, C, state, negative=negative_eigenvalues)
     if packing:
         y = packing.pack(y)
@@ -147,7 +146,8 @@ def chunked(
     Only the states at the borders of chunks are kept for the backward pass; those in between are computed
     again there, so training takes the memory of T / CHUNK states.
     """
-    return _Scan.apply(delta, delta * u, A, B, C, state, negative)
+    y, state = _Scan.apply(delta, delta * u, A, B, C, state, negative)
+    return y, state
 
 
 class _Scan(torch.autograd.Function):
@@ -162,7 +162,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         delta: Tensor,
         w: Tensor,
         A: Tensor,
@@ -183,7 +183,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         delta, w, A, B, C, *borders = ctx.saved_tensors
         grad_A = torch.zeros_like(A)
         parts = []

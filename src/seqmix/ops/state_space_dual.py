@@ -96,10 +96,9 @@ def state_space_dual(
     dt = step_size("state_space_dual", "dt", dt, dt_bias, softplus=dt_softplus)
     if state is None:
         state = x.new_zeros(rows, sizes["H"], sizes["N"], sizes["P"])
-    inputs = (x, dt, B, C)
+    texts = x
     if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
-        inputs = tuple(packing.unpack(tensor) for tensor in inputs)
-    texts, dt, B, C = inputs
+        texts, dt, B, C = (packing.unpack(tensor) for tensor in (x, dt, B, C))
     y, state = OPERATOR.run(form, texts, dt, A, B, C, state, negative=negative_eigenvalues)
     if packing:
         y = packing.pack(y)
@@ -177,7 +176,7 @@ def _attend(
 
     def decays(log: Tensor) -> Tensor:
         """[B, H, M, places] as factors of the values, [B, G, M, places, R, 1]."""
-        factor = log.to(values.dtype).exp().unflatten(1, (groups, heads))
+        factor: Tensor = log.to(values.dtype).exp().unflatten(1, (groups, heads))
         return factor.movedim(2, -1).unsqueeze(-1)
 
     total = running_total(log_decay, -1)
