@@ -19,7 +19,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _same_seed():
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 (libraries that we call draw from it)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

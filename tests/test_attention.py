@@ -43,7 +43,9 @@ def test_decoding_copies_no_keys(options):
     q = normal(2, 1, 4, 16)
     with torch.no_grad(), LargestResult((store, q)) as largest:
         attention(q, k, v, **options)
-    assert largest.entries < k.numel() // 2  # the scores of all heads, and nothing of the keys' size
+    assert (
+        largest.entries < k.numel() // 2
+    )  # the scores of all heads, and nothing of the keys' size
 
 
 @pytest.mark.parametrize("form", ["sdpa", "blocked"])
@@ -81,8 +83,16 @@ def test_a_window_of_one_reads_only_itself():
         ({"sinks": -1}, RangeError, "`sinks` is -1"),
         ({"bias": torch.zeros(2, 3, 4, 5)}, ShapeError, "`bias` has shape"),
         ({"sinks": torch.zeros(5)}, ShapeError, "`sinks` has shape"),
-        ({"k": torch.zeros(1, 6, 3, 8), "v": torch.zeros(1, 6, 3, 8)}, ShapeError, "divisor of the 4"),
-        ({"k": torch.zeros(1, 5, 4, 8), "v": torch.zeros(1, 5, 4, 8)}, ShapeError, "wanted at least 6"),
+        (
+            {"k": torch.zeros(1, 6, 3, 8), "v": torch.zeros(1, 6, 3, 8)},
+            ShapeError,
+            "divisor of the 4",
+        ),
+        (
+            {"k": torch.zeros(1, 5, 4, 8), "v": torch.zeros(1, 5, 4, 8)},
+            ShapeError,
+            "wanted at least 6",
+        ),
         (
             {
                 "k": torch.zeros(1, 7, 4, 8),

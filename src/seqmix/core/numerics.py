@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype in which an operator computes and keeps its state: float64 if any input is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors)
+        else torch.float32
+    )
 
 
-def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts every given tensor to their `wide_dtype`; None stays None."""
+def widen(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Casts every given tensor to their `wide_dtype`; None stays None (so the results are typed as given)."""
     dtype = wide_dtype(*tensors)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 

@@ -265,7 +265,7 @@ class Packing:
         place = torch.arange(total) - bounds[:-1][text]
         self.index = (text * self.longest + place).to(like.device)  # where token i of the row goes
 
-    def unpack(self, tensor: Tensor | None, *, times: int = 1) -> Tensor | None:
+    def unpack(self, tensor: Tensor | None, *, times: int = 1) -> Any:
         """`[1, total * times, ...]` to `[N, longest * times, ...]`, zeros after the end of each text."""
         if tensor is None:
             return None

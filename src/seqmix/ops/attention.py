@@ -1,6 +1,7 @@
 """Softmax attention: every query reads an average of the values, weighted by how well their keys match.
 
-    o_t = sum_j p_tj v_j        p_tj = exp(s_tj) / (sum_i exp(s_ti) [+ exp(sink)])        s_tj = scale * q_t . k_j + bias_tj
+    o_t = sum_j p_tj v_j        p_tj = exp(s_tj) / (sum_i exp(s_ti) [+ exp(sink)])
+    s_tj = scale * q_t . k_j + bias_tj
 
 over the keys j that t may see. Queries stand at the end of the keys: query t has position t + S - T.
 Axes: B batch, T queries, S keys, H query heads, G key heads (query head h reads key head h // (H // G)),
@@ -9,7 +10,7 @@ K key width, V value width; C queries in a block, L keys that a block reads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,18 @@ from seqmix.core.numerics import widen
 from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
 
 BLOCK = 128
-AXES = {
+
+
+class Rule(NamedTuple):
+    """Which keys a position sees, and the factor on the scores."""
+
+    causal: bool
+    window: int | None
+    first: int  # keys that stay visible beyond the window
+    scale: float
+
+
+AXES: dict[str, str | tuple[str, ...]] = {
     "q": "B T H K",
     "k": "B S G K",
     "v": "B S G V",
@@ -72,35 +84,38 @@ def attention(
     _check(sizes, causal, window, bias, cu_seqlens)
     logits = None
     if isinstance(sinks, int) and sinks < 0:
-        raise RangeError(f"attention: `sinks` is {sinks}, wanted 0 or more first keys, or a tensor of logits.")
+        raise RangeError(
+            f"attention: `sinks` is {sinks}, wanted 0 or more first keys, or a tensor of logits."
+        )
     if sinks is not None and not isinstance(sinks, int):
         check_tensors("attention", AXES, {"q": q, "sinks": sinks}, H=sizes["H"])
         logits = sinks
 
-    options = {
-        "causal": causal,
-        "window": window,
-        "first": sinks if isinstance(sinks, int) else 0,
-        "scale": sizes["K"] ** -0.5 if scale is None else scale,
-    }
+    first = sinks if isinstance(sinks, int) else 0
+    rule = Rule(causal, window, first, sizes["K"] ** -0.5 if scale is None else scale)
     dtype = v.dtype
     q, k, v, bias, logits = widen(q, k, v, bias, logits)
     if bias is not None:
         bias = bias[(None,) * (4 - bias.ndim)]
     if cu_seqlens is None:
-        return OPERATOR.run(form, q, k, v, bias, logits, **options).to(dtype)
+        o: Tensor = OPERATOR.run(form, q, k, v, bias, logits, rule)
+        return o.to(dtype)
     lengths = Packing("attention", cu_seqlens, q).lengths.tolist()
     parts, start = [], 0
     for length, *texts in zip(lengths, *(x.split(lengths, dim=1) for x in (q, k, v)), strict=True):
         own = None if bias is None else _part(_part(bias, 2, start, length), 3, start, length)
         if length:
-            parts.append(OPERATOR.run(form, *texts, own, logits, **options))
+            parts.append(OPERATOR.run(form, *texts, own, logits, rule))
         start += length
     return torch.cat(parts, dim=1).to(dtype)
 
 
 def _check(
-    sizes: dict[str, int], causal: bool, window: int | None, bias: Tensor | None, cu_seqlens: Tensor | None
+    sizes: dict[str, int],
+    causal: bool,
+    window: int | None,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     T, S, H, G = (sizes[letter] for letter in "TSHG")
     if H % G:
@@ -109,17 +124,23 @@ def _check(
             "Repeat or drop key heads."
         )
     if (causal and S < T) or (cu_seqlens is not None and S != T):
-        wanted = f"{T}, as many as queries" if cu_seqlens is not None else f"at least {T}, one per query"
+        wanted = (
+            f"{T}, as many as queries" if cu_seqlens is not None else f"at least {T}, one per query"
+        )
         raise ShapeError(
             f"attention: `k` has {S} positions, wanted {wanted}. Pass the keys of the whole text"
             + ("." if cu_seqlens is not None else ", or causal=False.")
         )
     if window is not None and window < 1:
-        raise RangeError(f"attention: `window` is {window}, wanted at least 1, or None for no window.")
+        raise RangeError(
+            f"attention: `window` is {window}, wanted at least 1, or None for no window."
+        )
     if bias is not None:
         check_tensors("attention", {"bias": ("b h t s", "h t s", "t s")}, {"bias": bias})
         full = [sizes["B"], H, T, S]
-        if any(had not in (1, want) for had, want in zip(bias.shape[::-1], full[::-1], strict=False)):
+        if any(
+            had not in (1, want) for had, want in zip(bias.shape[::-1], full[::-1], strict=False)
+        ):
             raise ShapeError(
                 f"attention: `bias` has shape {list(bias.shape)}, wanted one that broadcasts to "
                 f"[B, H, T, S] = {full}. Give each axis this size or 1."
@@ -131,21 +152,25 @@ def _part(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     return x if x.shape[dim] == 1 else x.narrow(dim, start, length)
 
 
-def _visible(
-    positions: Tensor, keys: Tensor, causal: bool, window: int | None, first: int
-) -> Tensor | None:
+def _visible(positions: Tensor, keys: Tensor, rule: Rule) -> Tensor | None:
     """Which keys each position sees, [C, L]; None for all."""
     distance = positions.unsqueeze(-1) - keys
     seen = torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        seen = (distance.abs() < window) | (keys < first)
-    if causal:
+    if rule.window is not None:
+        seen = (distance.abs() < rule.window) | (keys < rule.first)
+    if rule.causal:
         seen = seen & (distance >= 0)
     return None if bool(seen.all()) else seen
 
 
 def _read(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, logits: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    logits: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Attention of [B, C, H, K] over [B, L, G, K], all of whose scores fit in memory."""
     batch, length, heads = q.shape[:3]
@@ -163,14 +188,18 @@ def _read(
     share = heads // groups
     q = q.reshape(batch, groups, share * length, -1)
     if mask is not None:
-        mask = mask.expand(batch, heads, length, k.shape[2]).reshape(batch, groups, share * length, -1)
+        mask = mask.expand(batch, heads, length, k.shape[2]).reshape(
+            batch, groups, share * length, -1
+        )
     if logits is None:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         # Row by row: the two batch axes of a strided cache cannot be merged without a copy.
         scores = torch.stack([a @ b.mT for a, b in zip(q * scale, k, strict=True)])
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            scores = (
+                scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            )
         sink = logits.view(1, groups, share, 1, 1).expand(batch, -1, -1, length, 1)
         sink = sink.reshape(batch, groups, share * length, 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
@@ -179,16 +208,7 @@ def _read(
 
 
 def definition(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    first: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Tensor | None, rule: Rule
 ) -> Tensor:
     """One query at a time, with everything that it sees."""
     length, keys = q.shape[1], torch.arange(k.shape[1], device=q.device)
@@ -197,10 +217,10 @@ def definition(
     outputs = []
     for t in range(length):
         position = keys.new_tensor([t + k.shape[1] - length])
-        scores = scale * (q[:, t, None] * k).sum(-1).transpose(1, 2)  # [B, H, S]
+        scores = rule.scale * (q[:, t, None] * k).sum(-1).transpose(1, 2)  # [B, H, S]
         if bias is not None:
             scores = scores + _part(bias, 2, t, 1)[:, :, 0]
-        seen = _visible(position, keys, causal, window, first)
+        seen = _visible(position, keys, rule)
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf)
         highest = scores.detach().amax(-1, keepdim=True)
@@ -217,16 +237,7 @@ def definition(
 
 
 def blocked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    first: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Tensor | None, rule: Rule
 ) -> Tensor:
     """A block of queries at a time, with only the keys that some query of the block sees.
 
@@ -237,13 +248,13 @@ def blocked(
     outputs = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        low, high = 0, stop + shift if causal else total
-        if window is not None:
-            low = start + shift - window + 1
-            high = min(high, stop + shift + window - 1)
+        low, high = 0, stop + shift if rule.causal else total
+        if rule.window is not None:
+            low = start + shift - rule.window + 1
+            high = min(high, stop + shift + rule.window - 1)
         low = min(max(low, 0), total - 1)
         high = max(min(high, total), low + 1)
-        low, head = (0, 0) if low <= first else (low, first)
+        low, head = (0, 0) if low <= rule.first else (low, rule.first)
 
         def keys(x: Tensor, dim: int, low: int = low, high: int = high, head: int = head) -> Tensor:
             near = _part(x, dim, low, high - low)
@@ -252,58 +263,47 @@ def blocked(
             return torch.cat([x.narrow(dim, 0, head), near], dim)
 
         device = q.device
-        places = keys(torch.arange(total, device=device), 0) if total > 1 else torch.zeros(1, device=device)
+        places = (
+            keys(torch.arange(total, device=device), 0)
+            if total > 1
+            else torch.zeros(1, device=device)
+        )
         positions = torch.arange(start + shift, stop + shift, device=device)
-        seen = _visible(positions, places, causal, window, first)
+        seen = _visible(positions, places, rule)
         own = None if bias is None else keys(_part(bias, 2, start, stop - start), 3)
-        outputs.append(_read(q[:, start:stop], keys(k, 1), keys(v, 1), own, seen, logits, scale))
+        outputs.append(
+            _read(q[:, start:stop], keys(k, 1), keys(v, 1), own, seen, logits, rule.scale)
+        )
     return torch.cat(outputs, dim=1)
 
 
 def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    first: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Tensor | None, rule: Rule
 ) -> Tensor:
     """One call of torch's fused attention."""
-    if not causal or q.shape[1] == 1:
-        return _read(q, k, v, bias, None, None, scale)
+    if not rule.causal or q.shape[1] == 1:
+        return _read(q, k, v, bias, None, None, rule.scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        is_causal=True,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        q, k, v, is_causal=True, scale=rule.scale, enable_gqa=grouped
     )
     return o.transpose(1, 2)
 
 
 def _why_not_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    first: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Tensor | None, rule: Rule
 ) -> str | None:
     length, total = q.shape[1], k.shape[1]
     if logits is not None:
         return "learned sinks need a denominator that scaled_dot_product_attention does not show"
-    if window is not None and window < total:
-        return f"a window of {window} would take a mask of {length} x {total}"
-    if causal and length not in (1, total):
-        return f"{length} queries at the end of {total} keys would take a mask of {length} x {total}"
-    if causal and length > 1 and bias is not None:
+    if rule.window is not None and rule.window < total:
+        return f"a window of {rule.window} would take a mask of {length} x {total}"
+    if rule.causal and length not in (1, total):
+        return (
+            f"{length} queries at the end of {total} keys would take a mask of {length} x {total}"
+        )
+    if rule.causal and length > 1 and bias is not None:
         return "it takes either a causal mask or a bias"
     return None
 
@@ -353,7 +353,9 @@ def cost(case: Case) -> Cost:
         pairs -= min(T, near) ** 2 / 2
     moved = B * (T * H * (K + V) + min(S, T + near) * G * (K + V))
     return Cost(
-        flops=2 * B * H * pairs * (K + V), bytes=4 * moved, state_bytes=4 * B * min(S, near) * G * (K + V)
+        flops=2 * B * H * pairs * (K + V),
+        bytes=4 * moved,
+        state_bytes=4 * B * min(S, near) * G * (K + V),
     )
 
 

@@ -37,7 +37,7 @@ from seqmix.ops._operator import (
 
 CHUNK = 64
 SHORT = 4  # up to here the loop over tokens beats a chunk
-AXES = {
+AXES: dict[str, str | tuple[str, ...]] = {
     "q": "B T H K",
     "k": "B T*steps H K",
     "v": "B T*steps H V",
@@ -145,7 +145,14 @@ def definition(
 
 
 def chunked(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, *, chunk: int = CHUNK
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    *,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """All rows of a chunk at once by a triangular solve, an affine recurrence between chunks.
 
@@ -260,7 +267,9 @@ def cost(case: Case) -> Cost:
     solve = rows * (2 * C * K + C * (K + V) + 2 * K * (K + V)) + chunks * 2 * K * K * V
     read = T * (2 * C * K + 2 * C * V + 2 * K * V) + rows * 2 * K * V
     moved = rows * (4 * K + 4 * V) + T * (K + V) + chunks * (2 * K * V + 2 * K * K)
-    return Cost(flops=B * H * (solve + read), bytes=4 * B * H * moved, state_bytes=4 * B * H * K * V)
+    return Cost(
+        flops=B * H * (solve + read), bytes=4 * B * H * moved, state_bytes=4 * B * H * K * V
+    )
 
 
 SIZES = {"B": 2, "T": 37, "H": 2, "K": 8, "V": 12}
@@ -277,9 +286,11 @@ OPERATOR = Operator(
     forms={
         "recurrent": Form(
             definition,
-            lambda q, *_: None
-            if q.shape[1] <= SHORT
-            else f"{q.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+            lambda q, *_: (
+                None
+                if q.shape[1] <= SHORT
+                else f"{q.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
+            ),
         ),
         "chunked": Form(chunked),
     },

@@ -34,7 +34,7 @@ from seqmix.ops._operator import (
 
 CHUNK = 64
 SHORT = 4  # up to here the loop over tokens beats a chunk
-AXES = {
+AXES: dict[str, str | tuple[str, ...]] = {
     "q": "B T H K",
     "k": "B T H K",
     "v": "B T H V",
@@ -150,7 +150,9 @@ def chunked(
     written = k.transpose(-1, -2) @ v  # [B, H, M, K, V]: what each chunk adds
     decays = [None] * q.shape[2] if decay is None else decay.unbind(2)
     before = []
-    for write, fade in zip(written.unbind(2), decays, strict=True):  # unbind: one node in the backward
+    for write, fade in zip(
+        written.unbind(2), decays, strict=True
+    ):  # unbind: one node in the backward
         before.append(state)
         state = write + (state if fade is None else state * fade)
     o = scores @ v + q @ torch.stack(before, dim=2)
@@ -215,9 +217,11 @@ OPERATOR = Operator(
     forms={
         "recurrent": Form(
             definition,
-            lambda q, *_: None
-            if q.shape[1] <= SHORT
-            else f"{q.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop",
+            lambda q, *_: (
+                None
+                if q.shape[1] <= SHORT
+                else f"{q.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
+            ),
         ),
         "chunked": Form(chunked),
         "parallel": Form(parallel),

@@ -62,7 +62,10 @@ def layout(operator: Operator, case: Case, name: str, tensor: Tensor) -> list[st
     fitting = [c.split() for c in choices if len(c.split()) == tensor.ndim]
     for tokens in fitting:
         sizes = [size_of(case, token) for token in tokens]
-        if all(size in (None, 1, had) or had == 1 for size, had in zip(sizes, tensor.shape, strict=True)):
+        if all(
+            size in (None, 1, had) or had == 1
+            for size, had in zip(sizes, tensor.shape, strict=True)
+        ):
             return tokens
     return fitting[0]
 
@@ -74,7 +77,9 @@ def size_of(case: Case, token: str) -> int | None:
     return size if size is None or not option else size * case.get(option, 1)
 
 
-def places(operator: Operator, case: Case, name: str, tensor: Tensor, letters: str) -> list[tuple[int, str, int]]:
+def places(
+    operator: Operator, case: Case, name: str, tensor: Tensor, letters: str
+) -> list[tuple[int, str, int]]:
     """(dimension, letter, entries per index) of every axis with one of `letters`; broadcast axes are left out."""
     found = []
     for dimension, token in enumerate(layout(operator, case, name, tensor)):

@@ -1,35 +1,36 @@
 """The laws that every operator is held to, on every form and case, through its public function.
 
 A law is a function `law(operator, form, case)` that raises where it is broken. What it may change (time, batch
-rows, the state) is read from `operator.axes`, so an operator gets all of it by describing its arguments.
-Laws about exact equality compare in float64 wherever the form takes it.
+rows, the state) is read from `operator.axes`. Exact equality is judged in float64 wherever the form takes it.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from seqmix.core.errors import NoUsableForm, SeqmixError, UnknownName
-from seqmix.core.numerics import assert_as_accurate, assert_equal_within
+from seqmix.core.errors import NoUsableForm, UnknownName
+from seqmix.core.numerics import assert_as_accurate
 from seqmix.ops._operator import Case, Form, Operator
 from seqmix.testing import _axes as ax
 from seqmix.testing._axes import Inputs, Values
 from seqmix.testing._memory import poisoned_memory
-
-EXACT = 1e-9  # two ways to compute one thing in float64, relative to the largest entry (and to one)
-EXACT_FLOAT32 = 2e-5  # the same for forms that take only float32
-
-
-class Inapplicable(Exception):  # noqa: N818 (no error: the law says nothing here)
-    """The law has nothing to say of this form and case; the message says why."""
+from seqmix.testing._trials import (
+    Inapplicable,
+    agree,
+    by_definition,
+    by_form,
+    equal,
+    installed,
+    refuses,
+    runnable,
+    sharp,
+    sharpest,
+)
 
 
 @dataclass(frozen=True)
@@ -66,95 +67,6 @@ def law(*needs: str) -> Callable[[Callable[[Operator, str, Case], None]], Law]:
         return LAWS[-1]
 
     return register
-
-
-# ---- what laws share
-
-
-def runnable(operator: Operator, form: str, case: Case, *, crossing: bool = False) -> Case:
-    """The case, or a shorter one that the form can run (some forms are for a few tokens only).
-
-    With `crossing` the text is first made long enough to cross the border of a chunk.
-    """
-    longest = max(case["T"], operator.chunk + 7) if crossing else case["T"]
-    for length in sorted({longest, case["T"], 4, 3, 2, 1} - {*range(longest + 1, 5)}, reverse=True):
-        shorter = ax.with_length(case, length)
-        try:
-            ax.call(operator, form, ax.draw(operator, shorter))
-        except NoUsableForm as error:
-            reason = str(error)
-        else:
-            return shorter
-    raise Inapplicable(reason)
-
-
-def sharp(
-    operator: Operator, form: str, case: Case, *, crossing: bool = False
-) -> tuple[Case, Inputs, float]:
-    """A runnable case, its inputs in the widest dtype that the form takes, and the tolerance that follows."""
-    case = runnable(operator, form, case, crossing=crossing)
-    dtype, tolerance = sharpest(operator, form, case)
-    return case, ax.draw(operator, case, dtype=dtype), tolerance
-
-
-def sharpest(operator: Operator, form: str, case: Case) -> tuple[torch.dtype, float]:
-    try:
-        ax.call(operator, form, ax.draw(operator, case, dtype=torch.float64))
-    except NoUsableForm:
-        return torch.float32, EXACT_FLOAT32
-    return torch.float64, EXACT
-
-
-_KEPT = 512
-_known: OrderedDict[Any, tuple[Values, Values]] = OrderedDict()
-
-
-def by_definition(
-    operator: Operator, case: Case, dtype: torch.dtype, *, extreme: bool = False
-) -> tuple[Values, Values]:
-    """Results and gradients of the definition on the case's inputs; kept, since every form is compared with them."""
-    sizes, options = tuple(sorted(case.sizes.items())), repr(sorted(case.options.items()))
-    key = (operator.function, operator.definition, case.name, sizes, options, dtype, extreme)
-    if key not in _known:
-        inputs = ax.draw(operator, case, extreme=extreme, dtype=dtype)
-        _known[key] = ax.differentiate(operator, inputs, lambda i: ax.call(operator, "definition", i))
-        if len(_known) > _KEPT:
-            _known.popitem(last=False)
-    return _known[key]
-
-
-def equal(got: Values, wanted: Values, tolerance: float, what: str = "") -> None:
-    if got.keys() != wanted.keys():
-        raise AssertionError(f"{what}: results {sorted(got)}, wanted {sorted(wanted)}")
-    for name in wanted:
-        assert_equal_within(got[name], wanted[name], what=f"{name}{what}", tolerance=tolerance)
-
-
-def by_form(
-    operator: Operator, form: str, case: Case, dtype: torch.dtype, *, extreme: bool = False
-) -> tuple[Values, Values]:
-    inputs = ax.draw(operator, case, extreme=extreme, dtype=dtype)
-    if form in operator.forms and not operator.forms[form].trains:
-        return ax.call(operator, form, inputs), {}
-    return ax.differentiate(operator, inputs, lambda i: ax.call(operator, form, i))
-
-
-def agree(operator: Operator, form: str, case: Case, *, extreme: bool = False) -> None:
-    """Exactly in float64, and in float32 as nearly as the definition itself."""
-    exact = by_definition(operator, case, torch.float64, extreme=extreme)
-    plain = by_definition(operator, case, torch.float32, extreme=extreme)
-    got = by_form(operator, form, case, torch.float32, extreme=extreme)
-    for part in (0, 1):
-        for name, value in got[part].items():
-            what = f"{name} at T={case['T']} in float32"
-            assert_as_accurate(value, exact[part][name], plain[part][name], what=what)
-    if sharpest(operator, form, case)[0] == torch.float64:
-        sharp_got = by_form(operator, form, case, torch.float64, extreme=extreme)
-        for part in (0, 1):
-            equal(sharp_got[part], exact[part] if sharp_got[part] else {}, EXACT, f" at T={case['T']}")
-
-
-# ---- the laws
 
 
 @law()
@@ -239,7 +151,9 @@ def the_future_changes_nothing(operator: Operator, form: str, case: Case) -> Non
     """Other tokens after t leave the outputs up to t as they were."""
     case, inputs, tolerance = sharp(operator, form, case, crossing=True)
     length = case["T"]
-    other = ax.draw(operator, case, seed=1, dtype=next(iter(ax.tensors(operator, inputs).values())).dtype)
+    other = ax.draw(
+        operator, case, seed=1, dtype=next(iter(ax.tensors(operator, inputs).values())).dtype
+    )
     shift = case.get("S", length) - length
     whole = ax.call(operator, form, inputs)["o"]
     for t in sorted({0, length // 2, length - 2} & set(range(length - 1))):
@@ -260,7 +174,10 @@ def rows_do_not_see_each_other(operator: Operator, form: str, case: Case) -> Non
     """A row alone gives what it gives in company, and rows in another order give the same, reordered."""
     case, inputs, tolerance = sharp(operator, form, case)
     whole = ax.call(operator, form, inputs)
-    orders = [[row] for row in range(case["B"])] + [[*reversed(range(case["B"]))], [case["B"] - 1] * 3]
+    orders = [[row] for row in range(case["B"])] + [
+        [*reversed(range(case["B"]))],
+        [case["B"] - 1] * 3,
+    ]
     for order in orders:
         got = ax.call(operator, form, ax.rows(operator, case, inputs, order))
         equal(got, {n: x[order] for n, x in whole.items()}, tolerance, f" of rows {order}")
@@ -285,7 +202,7 @@ def packed_equals_separate(operator: Operator, form: str, case: Case) -> None:
 
     def separate(given: Inputs) -> Values:
         results: dict[str, list[Tensor]] = {}
-        for text, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for text, (start, stop) in enumerate(pairwise(bounds)):
             own = ax.cut(operator, alone, given, start, stop)
             if operator.has_state:
                 own["initial_state"] = given["initial_state"][text : text + 1]
@@ -314,8 +231,10 @@ def memory_layout_changes_nothing(operator: Operator, form: str, case: Case) -> 
         "expanded": lambda x: x[:1].expand_as(x),
     }
     for what, view in ways.items():
-        viewed = ax.replace_tensors(operator, inputs, lambda _, x, view=view: view(x))
-        copied = ax.replace_tensors(operator, viewed, lambda _, x: x.clone(memory_format=torch.contiguous_format))
+        viewed = {**inputs, **{n: view(x) for n, x in ax.tensors(operator, inputs).items()}}
+        copied = ax.replace_tensors(
+            operator, viewed, lambda _, x: x.clone(memory_format=torch.contiguous_format)
+        )
         got, wanted = (ax.call(operator, form, given) for given in (viewed, copied))
         equal(got, wanted, tolerance, f" of {what} arguments")
 
@@ -350,15 +269,19 @@ def linear_in_its_value(operator: Operator, form: str, case: Case) -> None:
     """From an empty state, the output is linear in the argument that the operator names as its value."""
     case, inputs, tolerance = sharp(operator, form, case)
     inputs.pop("initial_state", None)
-    value = operator.value
+    value = str(operator.value)
     other = torch.flip(inputs[value], dims=[1])
     mixed = ax.call(operator, form, {**inputs, value: inputs[value] - 0.5 * other})["o"]
-    first, second = (ax.call(operator, form, {**inputs, value: x})["o"] for x in (inputs[value], other))
+    first, second = (
+        ax.call(operator, form, {**inputs, value: x})["o"] for x in (inputs[value], other)
+    )
     equal({"o": mixed}, {"o": first - 0.5 * second}, tolerance)
 
 
 @law()
-def half_precision_inputs_lose_only_their_own_rounding(operator: Operator, form: str, case: Case) -> None:
+def half_precision_inputs_lose_only_their_own_rounding(
+    operator: Operator, form: str, case: Case
+) -> None:
     """bfloat16 and float16 arguments: computed in float32, rounded once at the end; states stay float32."""
     case = runnable(operator, form, case)
     for dtype in (torch.bfloat16, torch.float16):
@@ -380,7 +303,9 @@ def half_precision_inputs_lose_only_their_own_rounding(operator: Operator, form:
                 wide = name.startswith("final_state") or name == "gradient of initial_state"
                 wanted = torch.float32 if wide else dtype
                 if value.dtype != wanted:
-                    raise AssertionError(f"{name} of {dtype} inputs is {value.dtype}, wanted {wanted}")
+                    raise AssertionError(
+                        f"{name} of {dtype} inputs is {value.dtype}, wanted {wanted}"
+                    )
                 budget = plain[part][name] if wide else plain[part][name].to(dtype)
                 assert_as_accurate(value, exact[part][name], budget, what=f"{name} in {dtype}")
 
@@ -405,18 +330,6 @@ def wrong_arguments_are_refused_by_name(operator: Operator, form: str, case: Cas
         for what, value in wrong.items():
             blamed = given if "disagrees" in what else [name]
             refuses(operator, form, {**inputs, name: value}, blamed, f"{what} of `{name}`")
-
-
-def refuses(operator: Operator, form: str, inputs: Inputs, blamed: Any, what: str) -> None:
-    try:
-        ax.call(operator, form, inputs)
-    except SeqmixError as error:
-        if not any(f"`{name}`" in str(error) for name in blamed):
-            raise AssertionError(f"the error for {what} does not name it: {error}") from error
-    except Exception as error:
-        raise AssertionError(f"{what} was not refused but failed: {error!r}") from error
-    else:
-        raise AssertionError(f"{what} was accepted")
 
 
 @law()
@@ -454,22 +367,12 @@ def cost_is_told_before_running(operator: Operator, form: str, case: Case) -> No
         results = ax.call(operator, form, ax.draw(operator, case))
         taken = sum(x.numel() * x.element_size() for n, x in results.items() if n != "o")
         if operator.cost(case).state_bytes != taken:
-            raise AssertionError(f"the state takes {taken} bytes, the cost says {operator.cost(case)}")
+            raise AssertionError(
+                f"the state takes {taken} bytes, the cost says {operator.cost(case)}"
+            )
 
 
 OPERATOR_LAWS: dict[str, Law] = {one.name: one for one in LAWS}
-
-
-@contextmanager
-def installed(operator: Operator) -> Iterator[None]:
-    """Inside, the operator's public function runs this description: how a changed copy is tried."""
-    module = sys.modules[operator.function.__module__]
-    before = module.OPERATOR
-    module.OPERATOR = operator
-    try:
-        yield
-    finally:
-        module.OPERATOR = before
 
 
 def checks(operator: Operator) -> Iterator[tuple[Law, str, Case]]:
