@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from seqmix.claims import reproduce
     from seqmix.generate import generate
     from seqmix.measure.compare import compare
-    from seqmix.models.hf import load
+    from seqmix.models.pretrained import load
     from seqmix.train import evaluate, train
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _FUNCTIONS = {  # public name -> the module that has it
     "compare": "seqmix.measure.compare",
     "evaluate": "seqmix.train",
     "generate": "seqmix.generate",
-    "load": "seqmix.models.hf",
+    "load": "seqmix.models.pretrained",
     "reproduce": "seqmix.claims",
     "train": "seqmix.train",
 }

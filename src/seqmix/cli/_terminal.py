@@ -67,6 +67,11 @@ def print_table(
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not last)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
+    print_rich(table)
+
+
+def print_rich(table: Table) -> None:
+    """A table on stdout, as wide as the terminal, or wide enough in a file."""
     width = None if sys.stdout.isatty() else FILE_WIDTH
     Console(highlight=False, markup=False, width=width).print(table)
 

