@@ -108,7 +108,11 @@ class Operator:
     def _call(self, form: str, run: Callable[..., Any], inputs: Any, options: Any) -> Any:
         for record in _records:
             record.add((self.name, form))
-        return run(*inputs, **options)
+        device = inputs[0].device.type
+        if not torch.amp.is_autocast_available(device):
+            return run(*inputs, **options)
+        with torch.autocast(device, enabled=False):  # the public function has chosen the dtype already
+            return run(*inputs, **options)
 
 
 _records: list[set[tuple[str, str]]] = []
