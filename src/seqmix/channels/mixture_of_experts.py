@@ -1,6 +1,6 @@
 """Mixture of experts: every token goes through the few gated linear units that it scores highest.
 
-    s = sigmoid(W_r x),   y = sum_{i in top k of s + b} w_i expert_i(x) + shared(x),   w_i = s_i / sum of the chosen s
+    s = sigmoid(W_r x),   y = sum_{i in top k of s + b} w_i expert_i(x) + shared(x),   w_i = s_i / sum s
 
 The bias b takes part in the choice alone. After every backward pass in training mode it is raised by
 `balance_rate` for every expert that got less than its share of the tokens and lowered for those with more,
@@ -28,7 +28,7 @@ from seqmix.core.numerics import widen
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ChannelConfig):
-    expansion: float = 4 / 3  # of each expert: two active ones cost as much as one gated linear unit
+    expansion: float = 4 / 3  # per expert: two cost as much as one whole unit
     experts: int = 4
     active: int = 2  # experts per token
     shared: int = 0  # experts' widths of one more unit that every token passes
@@ -68,8 +68,10 @@ class MixtureOfExperts(Channel):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # [tokens, D]
-        router = widen(tokens, self.router.weight)  # rounded scores would choose other experts
-        score = torch.sigmoid(F.linear(*router))
+        router = widen(tokens, self.router.weight)
+        # In mixed precision too: rounded scores would choose other experts.
+        with torch.autocast(x.device.type, enabled=False):
+            score = torch.sigmoid(F.linear(*router))
         chosen = (score.detach() + self.balance).topk(self.config.active, dim=-1).indices
         weight = score.gather(-1, chosen)
         if self.config.active > 1:

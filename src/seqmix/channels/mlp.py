@@ -32,8 +32,7 @@ class MultiLayerPerceptron(Channel):
     """Two matrices."""
 
     Config = Config
-    examples: ClassVar = {"silu": {"activation": "silu"}}
-    examples: ClassVar = {"relu": {"activation": "relu"}}
+    examples: ClassVar = {"relu": {"activation": "relu"}, "silu": {"activation": "silu"}}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

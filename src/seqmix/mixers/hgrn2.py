@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops.linear_attention import linear_attention
@@ -28,7 +29,7 @@ from seqmix.ops.linear_attention import linear_attention
 @dataclass(frozen=True, kw_only=True)
 class Config(HeadsConfig):
     lower_bound: float = 0.5  # of the forget gate
-    expansion: float = 1.0  # key width as a multiple of the value width: how far the state is expanded
+    expansion: float = 1.0  # of the state: key width as a multiple of the value width
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,7 @@ class HGRN2(Mixer):
         self.query = nn.Linear(width, keys, bias=False)
         self.forget = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = RMSNorm(width, eps=1e-5)
         self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:

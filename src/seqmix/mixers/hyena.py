@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix.core.cost import Cost, matmul_cost
@@ -76,16 +77,29 @@ class Hyena(Mixer):
         They are scaled so that each channel's window has a norm of one, whatever its reach.
         """
         c = self.config
-        device, dtype = self.frequency.device, self.frequency.dtype
-        time = torch.arange(length, dtype=torch.float64, device=device) / c.reach  # exact at any length
-        waves = 2 * math.pi * time[:, None] * torch.arange(1, c.bands + 1, device=device)
-        features = torch.cat([time[:, None], waves.cos(), waves.sin()], dim=-1).to(dtype)
-        hidden = torch.sin(self.frequency * self.kernel_input(features))
-        hidden = torch.sin(self.frequency * self.kernel_hidden(hidden))
-        (weights,) = widen(self.kernel_output(hidden))
-        fading = torch.linspace(SLOWEST, FASTEST, c.width, dtype=torch.float64, device=device)
-        window = torch.exp(-time[:, None] * fading) * (-torch.expm1(-2 * fading / c.reach)).sqrt()
-        return (weights * window.to(weights.dtype)).T
+        first, second = self.kernel_input, self.kernel_hidden
+        frequency, *weights = widen(
+            self.frequency,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            self.kernel_output.weight,
+        )
+        place = torch.arange(length, device=frequency.device)
+        band = torch.arange(1, c.bands + 1, device=frequency.device)
+        time = place.to(frequency.dtype)[:, None] / c.reach
+        # Whole waves are taken off while places still are integers, so that no digits are lost far away.
+        waves = 2 * math.pi / c.reach * (place[:, None] * band % c.reach).to(frequency.dtype)
+        hidden = torch.cat([time, waves.cos(), waves.sin()], dim=-1)
+        # Sines of large angles need their digits, in mixed precision too.
+        with torch.autocast(frequency.device.type, enabled=False):
+            hidden = torch.sin(frequency * F.linear(hidden, weights[0], weights[1]))
+            hidden = torch.sin(frequency * F.linear(hidden, weights[2], weights[3]))
+            kernel = F.linear(hidden, weights[4])
+        fading = torch.linspace(SLOWEST, FASTEST, c.width, device=place.device, dtype=time.dtype)
+        window = torch.exp(-time * fading) * (-torch.expm1(-2 * fading / c.reach)).sqrt()
+        return (kernel * window).T
 
     def operands(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops.linear_attention import linear_attention
@@ -66,7 +67,7 @@ class LinearAttention(Mixer):
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.norm = None if config.normalize else nn.RMSNorm(config.head_width, eps=1e-5)
+        self.norm = None if config.normalize else RMSNorm(config.head_width, eps=1e-5)
         self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:

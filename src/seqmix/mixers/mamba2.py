@@ -20,6 +20,7 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.layers.convolution import ShortConvolution
+from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
 from seqmix.mixers.mamba import initial_step_bias
 from seqmix.ops import Case
@@ -76,7 +77,7 @@ class Mamba2(Mixer):
         rates = SLOWEST + (FASTEST - SLOWEST) * torch.rand(heads)
         self.A_log = without_decay(nn.Parameter(rates.log()))
         self.D = without_decay(nn.Parameter(torch.ones(heads)))
-        self.norm = nn.RMSNorm(channels // config.groups, eps=1e-5, elementwise_affine=False)
+        self.norm = RMSNorm(channels // config.groups, eps=1e-5, elementwise_affine=False)
         self.norm_weight = nn.Parameter(torch.ones(channels))
         self.output = nn.Linear(channels, config.width, bias=False)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops.linear_attention import linear_attention
@@ -58,7 +59,7 @@ class Retention(Mixer):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, values, bias=False)
         self.gate = nn.Linear(width, values, bias=False)
-        self.norm = nn.RMSNorm(config.value_width, eps=1e-5)
+        self.norm = RMSNorm(config.value_width, eps=1e-5)
         self.output = nn.Linear(values, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
@@ -130,14 +131,14 @@ def places(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns x [..., K] as K/2 pairs (i, i + K/2) by `angles [..., K/2]`, clockwise.
+    """x [..., K] with its pairs (i, i + K/2) turned by `angles [..., K/2]`, which keep double precision.
 
-    The product of two turned vectors depends on the distance of their places alone.
+    Unlike in attention, turns by parts of a text must add up exactly to the turn by the whole.
     """
     (wide,) = widen(x)
     cosine, sine = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
     first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat([first * cosine + second * sine, second * cosine - first * sine], dim=-1)
+    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return turned.to(x.dtype)
 
 

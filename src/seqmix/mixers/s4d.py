@@ -73,9 +73,7 @@ class S4D(Mixer):
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """dt A, (exp(dt A) - 1) / A and C, all complex [D, N/2]."""
-        log_step, A_log, imaginary, C = widen(
-            self.log_step, self.A_log, self.A_imaginary, self.C
-        )
+        log_step, A_log, imaginary, C = widen(self.log_step, self.A_log, self.A_imaginary, self.C)
         A = torch.complex(-A_log.exp(), imaginary)
         rate = A * log_step.exp().unsqueeze(-1)
         return rate, torch.expm1(rate) / A, torch.view_as_complex(C.contiguous())
@@ -84,34 +82,30 @@ class S4D(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[dict[str, Any], State]:
         rate, write, C = self._system()
-        kernel = 2 * torch.einsum("dn,dnt->dt", C * write, powers(rate, x.shape[1])).real
+        kernel = read(C * write, *powers(rate, x.shape[1]))[:, : x.shape[1]]
         return {"u": x, "kernel": kernel, "D": widen(self.D)[0]}, None
 
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         packing = None if cu_seqlens is None else Packing("s4d", cu_seqlens, x)
-        length = packing.longest if packing else x.shape[1]
-        rows = packing.num_texts if packing else x.shape[0]
-        lengths = packing.lengths if packing else torch.full((rows,), length, device=x.device)
         rate, write, C = self._system()
-        before = state or self.initial_state(rows, x)
-        h = torch.view_as_complex(before["recurrent"].to(write.real.dtype).contiguous())
-
-        decay = powers(rate, length + 1)  # [D, N/2, T + 1]
-        (u,) = widen(x)
+        u = x.to(write.real.dtype)
         u = packing.unpack(u) if packing else u
-        kernel = 2 * torch.einsum("dn,dnt->dt", C * write, decay[..., :length]).real
+        rows, length = u.shape[:2]
+        lengths = packing.lengths if packing else torch.tensor([length], device=x.device)
+        before = self.initial_state(rows, x) if state is None else state
+        h = torch.view_as_complex(before["recurrent"].to(u.dtype).contiguous())
+
+        outer, inner = powers(rate, length)
+        kernel = read(C * write, outer, inner)[:, :length]
         y = long_convolution(u, kernel, widen(self.D)[0])
         if state is not None:
-            y = y + 2 * torch.einsum("dn,bdn,dnt->btd", C, h, decay[..., 1:]).real
-        # Every text is shifted to end at the last place, where what it wrote has decayed 0 times.
-        place = torch.arange(length, device=x.device) - (length - lengths[:, None])
-        late = u.gather(1, place.clamp_min(0)[..., None].expand_as(u)) * (place >= 0)[..., None]
-        added = torch.einsum("dnt,btd->bdn", decay[..., :length].flip(-1), late.to(decay.dtype))
-        h = decay[..., lengths].movedim(-1, 0) * h + write * added
+            y = y + read(C * rate.exp() * h, outer, inner)[..., :length].transpose(1, 2)
         if packing:
             y = packing.pack(y)
+        decay = power(rate, lengths)
+        h = decay.movedim(-1, 0) * h + write * write_down(last_first(u, lengths), outer, inner)
         y = F.gelu(y).to(x.dtype)
         return self.output(y) * torch.sigmoid(self.gate(y)), {"recurrent": torch.view_as_real(h)}
 
@@ -119,23 +113,49 @@ class S4D(Mixer):
         return Case("mixer", {"B": 1, "T": tokens, "E": self.config.width, "L": tokens})
 
     def cost(self, length: int, *, context: int = 0) -> Cost:
-        """As of every mixer, and the powers of the decays, the kernel and the last state."""
-        entries = length * self.config.width * self.config.state_width // 2
-        return super().cost(length, context=context) + Cost(flops=(6 + 8 + 8) * entries, bytes=24 * entries)
+        """As of every mixer, and the kernel and the last state: two products with the powers of the decays."""
+        entries = length * self.config.width * self.config.state_width
+        return super().cost(length, context=context) + Cost(flops=4 * entries)
 
 
-def powers(rate: Tensor, count: int) -> Tensor:
-    """exp(rate * t) for t = 0 ... count - 1, as `[..., count]`.
+def power(rate: Tensor, times: Tensor) -> Tensor:
+    """exp(rate * times), `[..., T]` for times [T]; in double precision, since angles lose digits as they grow."""
+    wide = rate.to(torch.complex128).unsqueeze(-1)
+    return torch.exp(wide * times).to(rate.dtype)
 
-    Doubled again and again by one factor that is computed in double precision: the angle rate * t itself
-    would lose all its digits to rounding at large t.
+
+def powers(rate: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Two factors `[..., I]`, `[..., J]` of exp(rate * t) at t = i J + j for t up to `length`, I and J about its root.
+
+    Sums over the state then are products of small matrices, and the table of all powers is never made.
     """
-    result = torch.ones_like(rate).unsqueeze(-1)
-    wide = rate.to(torch.complex128)
-    while result.shape[-1] < count:
-        factor = torch.exp(wide * result.shape[-1]).to(rate.dtype)
-        result = torch.cat([result, result * factor.unsqueeze(-1)], dim=-1)
-    return result[..., :count]
+    size = math.isqrt(max(length - 1, 0)) + 1
+    place = torch.arange(size, device=rate.device)
+    return power(rate, place[: -(-length // size)] * size), power(rate, place)
+
+
+def read(weight: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """2 Re sum_n weight[n] exp(rate[n] t) for all t: weight [..., D, N] to [..., D, I J]."""
+    left = (weight.unsqueeze(-1) * outer).transpose(-1, -2)
+    real = torch.cat([left.real, -left.imag], dim=-1) @ torch.cat([inner.real, inner.imag], dim=-2)
+    return 2 * real.flatten(-2)
+
+
+def write_down(u: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """sum_t exp(rate t) u_t: [B, T, D], newest token first, to [B, D, N]."""
+    places, size = outer.shape[-1], inner.shape[-1]
+    u = F.pad(u, [0, 0, 0, places * size - u.shape[1]]).unflatten(1, (places, size))
+    table = torch.view_as_real(inner.transpose(-1, -2).contiguous()).flatten(-2)  # [D, J, 2 N]
+    partial = u.permute(3, 0, 1, 2).flatten(1, 2) @ table  # [D, B I, 2 N]
+    partial = torch.view_as_complex(partial.unflatten(-1, (-1, 2)).unflatten(1, (-1, places)))
+    return torch.einsum("dbin,dni->bdn", partial, outer)
+
+
+def last_first(u: Tensor, lengths: Tensor) -> Tensor:
+    """Each row [T, D] from the last token of its text back to the first; zeros after it."""
+    place = lengths[:, None] - 1 - torch.arange(u.shape[1], device=u.device)
+    place = place.expand(u.shape[0], -1).unsqueeze(-1)
+    return u.gather(1, place.clamp_min(0).expand_as(u)) * (place >= 0)
 
 
 def initial_frequencies(initial: str, pairs: int) -> Tensor:
