@@ -82,16 +82,12 @@ def attention(
     """
     sizes = check_tensors("attention", AXES, {"q": q, "k": k, "v": v})
     _check(sizes, causal, window, bias, cu_seqlens)
-    logits = None
-    if isinstance(sinks, int) and sinks < 0:
+    first, logits = (sinks, None) if isinstance(sinks, int) else (0, sinks)
+    if first < 0:
         raise RangeError(
-            f"attention: `sinks` is {sinks}, wanted 0 or more first keys, or a tensor of logits."
+            f"attention: `sinks` is {sinks}, wanted 0 or more first keys, or logits [H]."
         )
-    if sinks is not None and not isinstance(sinks, int):
-        check_tensors("attention", AXES, {"q": q, "sinks": sinks}, H=sizes["H"])
-        logits = sinks
-
-    first = sinks if isinstance(sinks, int) else 0
+    check_tensors("attention", AXES, {"sinks": logits}, H=sizes["H"])
     rule = Rule(causal, window, first, sizes["K"] ** -0.5 if scale is None else scale)
     dtype = v.dtype
     q, k, v, bias, logits = widen(q, k, v, bias, logits)
