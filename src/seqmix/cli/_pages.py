@@ -58,7 +58,12 @@ def _mixers() -> Iterator[str]:
     yield "Layers that mix tokens; figures are of the default configuration, one text, float32.\n"
     records = [_describe.describe_mixer(name) for name in _describe.catalog("mixers")]
     yield from _table(
-        ["mixer", "operator", "complexity and state", *(f"state bytes @{n}" for n in _describe.CONTEXTS)],
+        [
+            "mixer",
+            "operator",
+            "complexity and state",
+            *(f"state bytes @{n}" for n in _describe.CONTEXTS),
+        ],
         [
             [
                 f"[{r['name']}](#{r['name']})",
