@@ -111,7 +111,11 @@ def compare_groups(
     alone decides, so give one that seeds do not bridge.
     """
     gap = statistics.fmean(better) - statistics.fmean(worse) - margin
-    error = 2 * sum(statistics.variance(g) / len(g) if len(g) > 1 else 0.0 for g in (better, worse)) ** 0.5
+    error = (
+        2
+        * sum(statistics.variance(g) / len(g) if len(g) > 1 else 0.0 for g in (better, worse))
+        ** 0.5
+    )
     if gap > error:
         return "reproduced"
     return "not reproduced" if gap <= -error else "inconclusive"

@@ -1,0 +1,1 @@
+"""Looking inside models and their memories: one file per method."""
