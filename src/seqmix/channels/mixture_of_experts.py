@@ -4,8 +4,8 @@
 
 The bias b takes part in the choice alone. After every backward pass in training mode it is raised by
 `balance_rate` for every expert that got less than its share of the tokens and lowered for those with more,
-which balances the load without a term in the loss. With `active=1` the weight is the score itself: otherwise it would be 1,
-and the router would not learn.
+which balances the load without a term in the loss. With `active=1` the weight is the score itself:
+otherwise it would be 1, and the router would not learn.
 DeepSeek-AI 2024 (arXiv:2412.19437), section 2.1.2; Wang et al. 2024 (arXiv:2408.15664), algorithm 1.
 """
 
@@ -24,6 +24,7 @@ from seqmix.channels.glu import GatedLinearUnit
 from seqmix.core.cost import Cost, matmul_cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
+from seqmix.layers.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,7 @@ class MixtureOfExperts(Channel):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # [tokens, D]
         router = widen(tokens, self.router.weight)
-        # In mixed precision too: rounded scores would choose other experts.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):  # rounded scores would choose other experts
             score = torch.sigmoid(F.linear(*router))
         chosen = (score.detach() + self.balance).topk(self.config.active, dim=-1).indices
         weight = score.gather(-1, chosen)

@@ -24,6 +24,7 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import Growing, State
 from seqmix.layers.convolution import ShortConvolution
+from seqmix.layers.precision import full_precision
 from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
 from seqmix.ops import OPERATORS, Case
 from seqmix.ops._operator import Packing
@@ -92,11 +93,9 @@ class Hyena(Mixer):
         # Whole waves are taken off while places still are integers, so that no digits are lost far away.
         waves = 2 * math.pi / c.reach * (place[:, None] * band % c.reach).to(frequency.dtype)
         hidden = torch.cat([time, waves.cos(), waves.sin()], dim=-1)
-        # Sines of large angles need their digits, in mixed precision too.
-        with torch.autocast(frequency.device.type, enabled=False):
-            hidden = torch.sin(frequency * F.linear(hidden, weights[0], weights[1]))
-            hidden = torch.sin(frequency * F.linear(hidden, weights[2], weights[3]))
-            kernel = F.linear(hidden, weights[4])
+        hidden = torch.sin(frequency * F.linear(hidden, weights[0], weights[1]))
+        hidden = torch.sin(frequency * F.linear(hidden, weights[2], weights[3]))
+        kernel = F.linear(hidden, weights[4])
         fading = torch.linspace(SLOWEST, FASTEST, c.width, device=place.device, dtype=time.dtype)
         window = torch.exp(-time * fading) * (-torch.expm1(-2 * fading / c.reach)).sqrt()
         return (kernel * window).T
@@ -105,7 +104,8 @@ class Hyena(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[dict[str, Any], State]:
         signal, _, before = self._gated(x, state, cu_seqlens)
-        return self._arguments(signal), before
+        with full_precision(x):
+            return self._arguments(signal), before
 
     def _gated(
         self, x: Tensor, state: State, cu_seqlens: Tensor | None
@@ -129,12 +129,13 @@ class Hyena(Mixer):
         rows, length = signal.shape[:2]
         past = self.initial_state(rows, x)["signal"] if state is None else state["signal"]
         whole = torch.cat([past.tensor.to(signal.dtype), signal], dim=1)
-        arguments = self._arguments(whole)
-        if length == 1:  # one sum over the text instead of transforms of it
-            y = torch.einsum("bsd,ds->bd", whole.flip(1), arguments["kernel"]).unsqueeze(1)
-            y = y + arguments["D"] * signal
-        else:
-            y = long_convolution(**arguments)[:, past.length :]
+        with full_precision(x):
+            arguments = self._arguments(whole)
+            if length == 1:  # one sum over the text instead of transforms of it
+                y = torch.einsum("bsd,ds->bd", whole.flip(1), arguments["kernel"]).unsqueeze(1)
+                y = y + arguments["D"] * signal
+            else:
+                y = long_convolution(**arguments)[:, past.length :]
         if packing:
             y = packing.pack(y)
             past = Growing(_end_together(whole, past.length + packing.lengths))

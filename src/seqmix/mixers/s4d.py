@@ -23,6 +23,7 @@ from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.layers.precision import full_precision
 from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
 from seqmix.ops import Case
 from seqmix.ops._operator import Packing
@@ -82,12 +83,22 @@ class S4D(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[dict[str, Any], State]:
         rate, write, C = self._system()
-        kernel = read(C * write, *powers(rate, x.shape[1]))[:, : x.shape[1]]
+        with full_precision(x):
+            kernel = read(C * write, *powers(rate, x.shape[1]))[:, : x.shape[1]]
         return {"u": x, "kernel": kernel, "D": widen(self.D)[0]}, None
 
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
+        with full_precision(x):
+            y, h = self._state_space(x, state, cu_seqlens)
+        y = F.gelu(y).to(x.dtype)
+        return self.output(y) * torch.sigmoid(self.gate(y)), {"recurrent": torch.view_as_real(h)}
+
+    def _state_space(
+        self, x: Tensor, state: State, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """s [B, T, D] and the complex state [B, D, N/2] after x, in full precision."""
         packing = None if cu_seqlens is None else Packing("s4d", cu_seqlens, x)
         rate, write, C = self._system()
         u = x.to(write.real.dtype)
@@ -102,12 +113,9 @@ class S4D(Mixer):
         y = long_convolution(u, kernel, widen(self.D)[0])
         if state is not None:
             y = y + read(C * rate.exp() * h, outer, inner)[..., :length].transpose(1, 2)
-        if packing:
-            y = packing.pack(y)
-        decay = power(rate, lengths)
-        h = decay.movedim(-1, 0) * h + write * write_down(last_first(u, lengths), outer, inner)
-        y = F.gelu(y).to(x.dtype)
-        return self.output(y) * torch.sigmoid(self.gate(y)), {"recurrent": torch.view_as_real(h)}
+        decay = power(rate, lengths).movedim(-1, 0)
+        h = decay * h + write * write_down(last_first(u, lengths), outer, inner)
+        return packing.pack(y) if packing else y, h
 
     def operator_case(self, tokens: int, context: int) -> Case:
         return Case("mixer", {"B": 1, "T": tokens, "E": self.config.width, "L": tokens})
