@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqmix.channels import CHANNELS
-from seqmix.core.state import State, map_state
+from seqmix.core.state import Growing, State, map_state
 from seqmix.mixers import MIXERS
 from seqmix.mixers.gated_linear_attention import Config, GatedLinearAttention
 from seqmix.testing import mixers as laws
@@ -175,6 +175,19 @@ def test_broken_mixers_fail_the_law_that_they_break(mutant: Any, law: Law) -> No
     (subject,) = subjects(mutant)
     with pytest.raises(AssertionError):
         law(subject)
+
+
+def test_a_cache_that_forks_write_into_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Growing.append
+
+    def append_in_place(self: Growing, new: Tensor) -> Growing:
+        self._stamp = self._storage.stamp
+        return append(self, new)
+
+    monkeypatch.setattr(Growing, "append", append_in_place)
+    subject, *_ = subjects(MIXERS.get("attention"))
+    with pytest.raises(AssertionError):
+        laws.a_state_is_a_value(subject)
 
 
 def test_check_mixer_names_the_mixer_and_the_law() -> None:

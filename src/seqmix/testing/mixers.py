@@ -99,8 +99,8 @@ def a_state_is_a_value(subject: Subject) -> None:
             before = [leaf.detach().clone() for leaf in leaves(state)]
             y, one = mixer(x[:, 11:15], state)
             mixer(other[:, 11:19], state)
-            again, _ = mixer(x[:, 11:15], state)
             further, _ = mixer(x[:, 15:], one)
+            again, _ = mixer(x[:, 11:15], state)
             alone = mixer(x)[0][:, 15:]
         unchanged = all(map(torch.equal, before, leaves(state)))
         assert unchanged, "the given state was modified"
