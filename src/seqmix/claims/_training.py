@@ -1,0 +1,140 @@
+"""What claims about learned models share: training on a task or a text, and accuracy where it counts.
+
+Settings are one flat mapping: the fields of `ModelSpec` (width, depth, heads, channel ...) describe the
+model, the others go to `train_task` or `train`. All models that a claim compares get the same settings, but
+for what the claim names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from seqmix.claims._claim import Run
+from seqmix.core.errors import RangeError
+from seqmix.models.backbone import ModelSpec
+from seqmix.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXAMPLES = 256  # that an accuracy is measured on
+
+
+def specify(layout: str, settings: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any]]:
+    """The model that `settings` describe, and the settings that are left for its training."""
+    fields = ModelSpec.fields()
+    spec = ModelSpec(layout=layout, **{k: v for k, v in settings.items() if k in fields})
+    return spec, {k: v for k, v in settings.items() if k not in fields}
+
+
+def train_on(
+    layout: str, task: Task[Any], settings: Mapping[str, Any], *, seed: int
+) -> PreTrainedModel:
+    """A new model trained on `task` from `seed`."""
+    from seqmix.train import train_task
+
+    spec, training = specify(layout, settings)
+    return train_task(spec, task, seed=seed, **training).model
+
+
+@torch.no_grad()
+def accuracy(
+    model: PreTrainedModel,
+    task: Task[Any],
+    *,
+    length: int | None = None,
+    first: int = 0,
+    examples: int = EXAMPLES,
+) -> float:
+    """Accuracy on test examples of `length`, at the scored positions from `first` on."""
+    inputs, labels = task.batch(0, examples, split="test", length=length)
+    predictions = model(input_ids=inputs, use_cache=False).logits.argmax(-1)
+    return task.accuracy(predictions[:, first:], labels[:, first:])
+
+
+def accuracy_after_training(
+    run: Run,
+    layout: str,
+    task: Task[Any],
+    settings: Mapping[str, Any],
+    *,
+    seed: int,
+    name: str | None = None,
+    tests: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, float]:
+    """Remembered accuracies of a model trained on `task`: one per entry of `tests`, which give the
+    `length` and `first` of `accuracy`; without tests, one at the training length.
+
+    It is remembered as `name` (the layout by default), the learning rate and the seed.
+    """
+
+    def measure() -> dict[str, float]:
+        model = train_on(layout, task, settings, seed=seed)
+        wanted = {"training length": {}} if tests is None else tests
+        return {test: accuracy(model, task, **places) for test, places in wanted.items()}
+
+    rate = settings["learning_rate"]
+    return dict(run.remember(f"{name or layout}, rate {rate:g}, seed {seed}", measure))
+
+
+def best_learning_rate(
+    run: Run,
+    layout: str,
+    task: Task[Any],
+    settings: Mapping[str, Any],
+    *,
+    rates: Sequence[float],
+    seed: int,
+    name: str | None = None,
+    tests: Mapping[str, Mapping[str, int]] | None = None,
+) -> float:
+    """The rate with the highest mean accuracy over `tests` on one seed, which is kept for choosing."""
+
+    def score(rate: float) -> float:
+        tried = dict(settings) | {"learning_rate": rate}
+        found = accuracy_after_training(run, layout, task, tried, seed=seed, name=name, tests=tests)
+        return sum(found.values()) / len(found)
+
+    return rates[0] if len(rates) == 1 else max(rates, key=score)
+
+
+def loss_after_training(
+    run: Run,
+    layout: str,
+    data: Any,
+    settings: Mapping[str, Any],
+    *,
+    seed: int,
+    name: str | None = None,
+) -> float:
+    """Remembered loss, in nats per token of held-out text, of a model trained on `data` (see `train`)."""
+    from seqmix.train import train
+
+    def measure() -> float:
+        spec, training = specify(layout, settings)
+        return train(spec, data, seed=seed, progress=False, **training).evaluation["loss"]
+
+    return float(run.remember(f"{name or layout}, seed {seed}", measure))
+
+
+def at_random_lengths(task: Task[Any], shortest: int) -> Task[Any]:
+    """The same task, with a random length from `shortest` to its own for every training batch."""
+    if not task.shortest <= shortest <= task.config.length:
+        raise RangeError(
+            f"at_random_lengths: shortest={shortest}, wanted {task.shortest} to {task.config.length}."
+        )
+
+    class AtRandomLengths(type(task)):  # type: ignore[misc]
+        def batch(
+            self, index: int, size: int, *, split: str = "train", length: int | None = None
+        ) -> Any:
+            if split == "train" and length is None:
+                random = np.random.default_rng([self.config.seed, index])
+                length = int(random.integers(shortest, self.config.length + 1))
+            return super().batch(index, size, split=split, length=length)
+
+    return AtRandomLengths(task.config)
