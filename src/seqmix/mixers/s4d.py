@@ -107,10 +107,14 @@ class S4D(Mixer):
         lengths = packing.lengths if packing else torch.tensor([length], device=x.device)
         before = self.initial_state(rows, x) if state is None else state
         h = torch.view_as_complex(before["recurrent"].to(u.dtype).contiguous())
+        (D,) = widen(self.D)
+        if length == 1 and not packing:  # the recurrence itself, without kernel or transform
+            h = rate.exp() * h + write * u.transpose(1, 2)
+            return 2 * (C * h).real.sum(-1).unsqueeze(1) + D * u, h
 
         outer, inner = powers(rate, length)
         kernel = read(C * write, outer, inner)[:, :length]
-        y = long_convolution(u, kernel, widen(self.D)[0])
+        y = long_convolution(u, kernel, D)
         if state is not None:
             y = y + read(C * rate.exp() * h, outer, inner)[..., :length].transpose(1, 2)
         decay = power(rate, lengths).movedim(-1, 0)
