@@ -239,6 +239,18 @@ MUTANTS = {
 }
 
 
+def where_broken(mutant, law):
+    """The form and case on which the law first notices, or None."""
+    with installed(mutant):
+        for one, form, case in checks(mutant):
+            if one.name == law:
+                try:
+                    one(mutant, form, case)
+                except AssertionError:
+                    return form, case.name
+    return None
+
+
 def mutant_name(operator):
     if operator.function is not linear_attention:
         return operator.function.__closure__[0].cell_contents.__name__
@@ -255,17 +267,96 @@ def mutant_name(operator):
     ],
 )
 def test_law_notices(law, mutant):
-    broken = []
-    with installed(mutant):
-        for one, form, case in checks(mutant):
-            if one.name == law:
-                try:
-                    one(mutant, form, case)
-                except AssertionError:
-                    broken.append((form, case.name))
-    assert broken
+    assert where_broken(mutant, law)
     with pytest.raises(AssertionError, match=r"-linear_attention-"):
         check_operator(mutant)
+
+
+ATTENTION, DELTA = OPERATORS.get("attention"), OPERATORS.get("delta_rule")
+
+
+def window_off_by_one(q, k, v, bias, logits, rule):
+    wider = None if rule.window is None else rule.window + 1
+    return ATTENTION.definition(q, k, v, bias, logits, rule._replace(window=wider))
+
+
+def heads_grouped_in_turn(q, k, v, bias, logits, rule):
+    share = q.shape[2] // k.shape[2]
+    k, v = (x.repeat(1, 1, share, 1) for x in (k, v))
+    return ATTENTION.definition(q, k, v, bias, logits, rule)
+
+
+def queries_aligned_to_the_start(q, k, v, bias, logits, rule):
+    if rule.causal:
+        k, v = (x[:, : q.shape[1]] for x in (k, v))
+        bias = bias if bias is None else bias[..., : q.shape[1]]
+    return ATTENTION.definition(q, k, v, bias, logits, rule)
+
+
+def learned_sinks_forgotten(q, k, v, bias, logits, rule):
+    return ATTENTION.definition(q, k, v, bias, None, rule)
+
+
+def first_keys_forgotten(q, k, v, bias, logits, rule):
+    return ATTENTION.definition(q, k, v, bias, logits, rule._replace(first=0))
+
+
+def gradient_of_bias_lost(q, k, v, bias, logits, rule):
+    return ATTENTION.definition(q, k, v, bias if bias is None else bias.detach(), logits, rule)
+
+
+def nothing_visible_is_an_average(q, k, v, bias, logits, rule):
+    bias = bias if bias is None else bias.clamp_min(-1e9)
+    return ATTENTION.definition(q, k, v, bias, logits, rule)
+
+
+def decayed_after_writing(q, k, v, beta, g, state):
+    if g is None:
+        return DELTA.definition(q, k, v, beta, g, state)
+    late = torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], dim=1)
+    return DELTA.definition(q, k, v, beta, late, state)
+
+
+def beta_of_another_step(q, k, v, beta, g, state):
+    steps = k.shape[1] // q.shape[1]
+    beta = beta.unflatten(1, (-1, steps)).flip(2).flatten(1, 2)
+    return DELTA.definition(q, k, v, beta, g, state)
+
+
+def nothing_is_replaced(q, k, v, beta, g, state):
+    if g is not None and k.shape[1] == q.shape[1]:
+        return LINEAR.definition(q, k, v * beta[..., None], g, state)
+    return DELTA.definition(q, k, v, beta, g, state)
+
+
+def gates_bounded_too_early(q, k, v, beta, g, state):
+    return DELTA.definition(q, k, v, beta, g if g is None else g.clamp_min(-15.0), state)
+
+
+@pytest.mark.parametrize(
+    ("operator", "form", "run", "law"),
+    [
+        (ATTENTION, "blocked", window_off_by_one, "agrees_with_definition"),
+        (ATTENTION, "blocked", heads_grouped_in_turn, "agrees_with_definition"),
+        (ATTENTION, "blocked", queries_aligned_to_the_start, "agrees_with_definition"),
+        (ATTENTION, "blocked", learned_sinks_forgotten, "agrees_with_definition"),
+        (ATTENTION, "blocked", first_keys_forgotten, "agrees_with_definition"),
+        (ATTENTION, "blocked", gradient_of_bias_lost, "agrees_with_definition"),
+        (
+            ATTENTION,
+            "blocked",
+            nothing_visible_is_an_average,
+            "extreme_inputs_stay_finite_and_right",
+        ),
+        (DELTA, "chunked", decayed_after_writing, "agrees_with_definition"),
+        (DELTA, "chunked", beta_of_another_step, "agrees_with_definition"),
+        (DELTA, "chunked", nothing_is_replaced, "agrees_with_definition"),
+        (DELTA, "chunked", gates_bounded_too_early, "extreme_inputs_stay_finite_and_right"),
+    ],
+    ids=lambda value: value.name if hasattr(value, "name") else getattr(value, "__name__", value),
+)
+def test_a_broken_form_is_noticed(operator, form, run, law):
+    assert where_broken(replace(operator, forms={form: Form(run)}), law)
 
 
 def test_every_law_has_a_mutant_that_breaks_it():
