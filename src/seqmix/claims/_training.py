@@ -8,6 +8,7 @@ for what the claim names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXAMPLES = 256  # that an accuracy is measured on
+QUICK_TEXT = str(Path(__file__).parent.parent / "ops")  # our own source, where any text does
 
 
 def specify(layout: str, settings: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any]]:
