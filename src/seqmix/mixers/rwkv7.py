@@ -65,9 +65,9 @@ class RWKV7(Mixer):
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.decay = low_rank(width, config.rank, nn.Tanh())
+        self.decay = from_bias(low_rank(width, config.rank, nn.Tanh()))
         self.decay_bias = without_decay(nn.Parameter(6 * place**1.8 - 5.5 + 2.5 * zigzag))
-        self.rate = low_rank(width, config.rank, nn.Identity())
+        self.rate = from_bias(low_rank(width, config.rank, nn.Identity()))
         self.rate_bias = without_decay(nn.Parameter(0.3 * zigzag + 0.4 * (place - 0.5) - 0.19))
         self.gate = low_rank(width, config.gate_rank, nn.Sigmoid())
         self.removal = without_decay(nn.Parameter(0.71 - 0.1 * (place - 0.5)))
@@ -103,7 +103,7 @@ class RWKV7(Mixer):
         q, k, v = (arguments[name] for name in "qkv")
         current = (q * k * self.bonus).sum(-1, keepdim=True) * v  # what this token says of itself
         normed = self.norm(o.flatten(0, 1).flatten(1)).view_as(x)
-        y = self.output((normed + current.flatten(-2)) * self.gate(for_gate))
+        y = self.output((normed + current.flatten(-2).to(x.dtype)) * self.gate(for_gate))
         return y, {**after, "recurrent": recurrent}
 
     def _shift(
@@ -118,7 +118,7 @@ class RWKV7(Mixer):
             output_final_state=True,
             cu_seqlens=cu_seqlens,
         )
-        mixed = x + self.mix[:, None, None] * (before - x)
+        mixed = x + self.mix[:, None, None].to(x.dtype) * (before - x)
         return mixed.unbind(0), {"previous": last}
 
     def _operands(
@@ -131,7 +131,7 @@ class RWKV7(Mixer):
         )
         rate = rate.sigmoid()
         direction = F.normalize(scaled.unflatten(-1, heads), dim=-1)
-        k = k * (1 + (rate.to(k.dtype) - 1) * self.replacement)
+        k = k * (1 + (rate - 1) * self.replacement).to(k.dtype)
         return {
             "q": self.receptance(for_r).unflatten(-1, heads),
             "k": k.unflatten(-1, heads),
@@ -153,6 +153,13 @@ def low_rank(width: int, rank: int, activation: nn.Module) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, rank, bias=False), activation, nn.Linear(rank, width, bias=False)
     )
+
+
+def from_bias(map_: nn.Sequential) -> nn.Sequential:
+    """The same map, at first zero: decays and learning rates start at their biases alone."""
+    nn.init.zeros_(map_[0].weight)
+    map_[0].keeps_initialisation = True
+    return map_
 
 
 MIXER = RWKV7

@@ -249,6 +249,11 @@ class _Trainer(Trainer):
         self.record.loss_sum += value
         return loss
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        if wrong := sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied):
+            raise CheckpointError(f"its weights are of another model: {', '.join(wrong[:3])}")
+
     def floating_point_ops(self, inputs: BATCH) -> int:
         return 0  # walks over all modules at every step, for a number that nobody reads
 
