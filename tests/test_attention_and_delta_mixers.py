@@ -11,6 +11,7 @@ from seqmix.core.numerics import relative_error
 from seqmix.core.state import num_bytes
 from seqmix.layers.positions import rotate
 from seqmix.mixers import MIXERS, Mixer
+from seqmix.mixers._attention import Ragged
 
 WIDTH, HEADS, LENGTH = 32, 2, 75
 ROUNDING = 2e-6  # the others compute parts in float32 whatever the dtype
@@ -223,6 +224,17 @@ def test_decoding_appends_to_the_cache_in_place() -> None:
         for t in range(41, 60):
             _, state = mixer.step(x[:, t], state)
     assert state["keys"].tensor.data_ptr() == place
+
+
+def test_training_on_packed_texts_builds_no_padded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    unpack = Ragged.unpack
+    monkeypatch.setattr(Ragged, "unpack", lambda self, x: calls.append(x) or unpack(self, x))
+    y, state = build("attention")(tokens(batch=1), cu_seqlens=torch.tensor([0, 1, 3, LENGTH]))
+    y.sum().backward()
+    assert not calls
+    assert state["keys"].tensor.shape[:2] == (3, LENGTH - 3)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,15 @@ State = Any  # a nesting of dict, list, tuple over Tensor, Growing and None
 class _Storage:
     """Room for a growing tensor, and the number of the version that wrote to it last."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
+    def __init__(self, data: Tensor | Callable[[], Tensor]) -> None:
+        self._data = data
         self.stamp = 0
+
+    @property
+    def data(self) -> Tensor:
+        if not isinstance(self._data, Tensor):
+            self._data = self._data()
+        return self._data
 
 
 class Growing:
@@ -42,6 +48,13 @@ class Growing:
         self._storage = _Storage(data)
         self._length = data.shape[1]
         self._stamp = 0
+
+    @classmethod
+    def deferred(cls, make: Callable[[], Tensor], length: int) -> Growing:
+        """The tensor `make() [B, length, ...]`, made when it is first looked at: training never looks."""
+        grown = cls.__new__(cls)
+        grown._storage, grown._length, grown._stamp = _Storage(make), length, 0
+        return grown
 
     @property
     def tensor(self) -> Tensor:

@@ -10,9 +10,11 @@ Axes: B batch (N rows of packed texts), T new tokens, S keys, H heads, G key hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
@@ -134,9 +136,19 @@ class AttentionMixer(Mixer):
             seen = torch.full((k.shape[0],), k.shape[1], dtype=torch.long, device=k.device)
             return self._state(k, v, torch.zeros_like(seen), seen)
         texts = Ragged(cu_seqlens)
-        return self._state(
-            texts.unpack(k), texts.unpack(v), texts.longest - texts.lengths, texts.lengths
-        )
+        lengths = texts.lengths
+        if self.config.kept is None:
+            keys, values = (
+                Growing.deferred(partial(texts.unpack, x), texts.longest) for x in (k, v)
+            )
+            return {"keys": keys, "values": values, "start": texts.longest - lengths}
+        # Padding a long text and many short ones would take the room of many long ones: forget first.
+        to_the_end = lengths.index_select(0, texts.text) - texts.place
+        kept = (texts.place < self.config.sinks) | (to_the_end < self.config.window)
+        count = torch.bincount(texts.text[kept], minlength=len(lengths))
+        texts = Ragged(F.pad(count.cumsum(0), [1, 0]))
+        keys, values = (texts.unpack(x[:, kept]) for x in (k, v))
+        return self._state(keys, values, texts.longest - count, lengths)
 
     def _state(
         self, keys: Tensor | Growing, values: Tensor | Growing, start: Tensor, seen: Tensor
