@@ -1,7 +1,7 @@
 """Train a small hybrid on a text, evaluate it, and let it write.
 
 About two minutes on two cores. The model is a Hugging Face model: the folder also opens with
-AutoModelForCausalLM.from_pretrained after `import seqmix.models.hf`.
+AutoModelForCausalLM.from_pretrained after `import seqmix`.
 """
 
 import sys
