@@ -131,7 +131,18 @@ def test_the_cost_of_experts_counts_the_active_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_attention", "retention", "hgrn2", "mamba", "mamba2", "s4d", "hyena"]
+    "name",
+    [
+        "linear_attention",
+        "retention",
+        "gated_linear_attention",
+        "hgrn2",
+        "mamba",
+        "mamba2",
+        "gated_delta_net",
+        "s4d",
+        "hyena",
+    ],
 )
 def test_mixed_precision_is_near(name: str) -> None:
     """Weights in float32, products in bfloat16, as in training; warnings are errors here."""

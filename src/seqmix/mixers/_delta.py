@@ -14,6 +14,7 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.layers.convolution import ShortConvolution
+from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer, without_decay
 from seqmix.mixers.mamba import initial_step_bias
 from seqmix.ops import Case
@@ -67,7 +68,7 @@ class DeltaMixer(Mixer):
         self.value = nn.Linear(width, values * steps, bias=False)
         self.strength = nn.Linear(width, config.heads * steps, bias=False)
         self.convolution = ShortConvolution(sum(self.widths), config.convolution_size)
-        self.norm = nn.RMSNorm(config.value_width, eps=1e-5)
+        self.norm = RMSNorm(config.value_width, eps=1e-5)
         self.output = nn.Linear(values, width, bias=False)
 
     @abstractmethod

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops.linear_attention import linear_attention
@@ -48,7 +49,7 @@ class GatedLinearAttention(Mixer):
             nn.Linear(width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, keys)
         )
         self.gate = nn.Linear(width, width, bias=False)
-        self.norm = nn.RMSNorm(config.head_width, eps=1e-5)
+        self.norm = RMSNorm(config.head_width, eps=1e-5)
         self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
