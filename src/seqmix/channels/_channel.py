@@ -32,6 +32,7 @@ class Channel(nn.Module, ABC):
     """
 
     Config: ClassVar[type[ChannelConfig]] = ChannelConfig
+    config: Any  # an instance of `Config`
     exceptions: ClassVar[Mapping[str, str]] = {}
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import Growing, State
+from seqmix.layers.norm import RMSNorm
 from seqmix.layers.positions import rotate
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
@@ -82,8 +83,8 @@ class AttentionMixer(Mixer):
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, keys, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        self.query_norm = RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
         self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
@@ -138,21 +139,18 @@ class AttentionMixer(Mixer):
         texts = Ragged(cu_seqlens)
         lengths = texts.lengths
         if self.config.kept is None:
-            keys, values = (
-                Growing.deferred(partial(texts.unpack, x), texts.longest) for x in (k, v)
-            )
-            return {"keys": keys, "values": values, "start": texts.longest - lengths}
+            keys = Growing.deferred(partial(texts.unpack, k), texts.longest)
+            values = Growing.deferred(partial(texts.unpack, v), texts.longest)
+            return self._state(keys, values, texts.longest - lengths, lengths)
         # Padding a long text and many short ones would take the room of many long ones: forget first.
         to_the_end = lengths.index_select(0, texts.text) - texts.place
         kept = (texts.place < self.config.sinks) | (to_the_end < self.config.window)
         count = torch.bincount(texts.text[kept], minlength=len(lengths))
         texts = Ragged(F.pad(count.cumsum(0), [1, 0]))
-        keys, values = (texts.unpack(x[:, kept]) for x in (k, v))
-        return self._state(keys, values, texts.longest - count, lengths)
+        k, v = (texts.unpack(x[:, kept]) for x in (k, v))
+        return self._state(k, v, texts.longest - count, lengths)
 
-    def _state(
-        self, keys: Tensor | Growing, values: Tensor | Growing, start: Tensor, seen: Tensor
-    ) -> State:
+    def _state(self, keys: Any, values: Any, start: Tensor, seen: Tensor) -> State:
         """The state of all keys so far (`start [B]` is where each row begins, `seen [B]` its tokens)."""
         if isinstance(keys, Growing):
             return {"keys": keys, "values": values, "start": start}

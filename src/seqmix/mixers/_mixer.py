@@ -53,6 +53,7 @@ class Mixer(nn.Module, ABC):
     """
 
     Config: ClassVar[type[MixerConfig]] = MixerConfig
+    config: Any  # an instance of `Config`
     operator: ClassVar[str | None] = None
     causal: ClassVar[bool] = True
     exceptions: ClassVar[Mapping[str, str]] = {}

@@ -65,9 +65,9 @@ class RWKV7(Mixer):
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.decay = from_bias(low_rank(width, config.rank, nn.Tanh()))
+        self.decay = low_rank(width, config.rank, nn.Tanh(), from_zero=True)
         self.decay_bias = without_decay(nn.Parameter(6 * place**1.8 - 5.5 + 2.5 * zigzag))
-        self.rate = from_bias(low_rank(width, config.rank, nn.Identity()))
+        self.rate = low_rank(width, config.rank, nn.Identity(), from_zero=True)
         self.rate_bias = without_decay(nn.Parameter(0.3 * zigzag + 0.4 * (place - 0.5) - 0.19))
         self.gate = low_rank(width, config.gate_rank, nn.Sigmoid())
         self.removal = without_decay(nn.Parameter(0.71 - 0.1 * (place - 0.5)))
@@ -148,18 +148,15 @@ class RWKV7(Mixer):
         return Case("mixer", sizes)
 
 
-def low_rank(width: int, rank: int, activation: nn.Module) -> nn.Sequential:
-    """A map of the width to itself through `rank` channels."""
-    return nn.Sequential(
-        nn.Linear(width, rank, bias=False), activation, nn.Linear(rank, width, bias=False)
-    )
-
-
-def from_bias(map_: nn.Sequential) -> nn.Sequential:
-    """The same map, at first zero: decays and learning rates start at their biases alone."""
-    nn.init.zeros_(map_[0].weight)
-    map_[0].keeps_initialisation = True
-    return map_
+def low_rank(
+    width: int, rank: int, activation: nn.Module, *, from_zero: bool = False
+) -> nn.Sequential:
+    """A map of the width to itself through `rank` channels; `from_zero` for one that starts as nothing."""
+    down = nn.Linear(width, rank, bias=False)
+    if from_zero:
+        nn.init.zeros_(down.weight)
+        down.keeps_initialisation = True  # type: ignore[assignment]
+    return nn.Sequential(down, activation, nn.Linear(rank, width, bias=False))
 
 
 MIXER = RWKV7

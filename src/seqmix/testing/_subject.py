@@ -104,8 +104,8 @@ def other_values(subject: Subject, field: str) -> Iterator[Any]:
             base = value if isinstance(value, int) else 4
             suggested += [base * 2, base + 1, base // 2, 1, 2, 4, 0]
         elif kind is float:
-            base = value if isinstance(value, int | float) else 4.0
-            suggested += [base * 2.0, base / 2.0, 0.0, 0.5, 1.0]
+            size = value if isinstance(value, int | float) else 4.0
+            suggested += [size * 2.0, size / 2.0, 0.0, 0.5, 1.0]
         elif kind is types.NoneType:
             suggested.append(None)
         elif typing.get_origin(kind) is typing.Literal:
@@ -153,7 +153,7 @@ def assert_every_parameter_gets_a_gradient(module: nn.Module, output: Callable[[
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     y = output()
     (y * torch.randn(y.shape, generator=generator)).sum().backward()
     for name, parameter in module.named_parameters():
@@ -221,6 +221,21 @@ def assert_bfloat16_is_near(
     exact = output(deepcopy(module).float(), torch.float32)
     error = relative_error(y, exact)
     assert error <= 12 * 2**-8, f"bfloat16 is off by {error:.3g}, allowed {12 * 2**-8:.3g}"
+
+
+def assert_mixed_precision_is_near(subject: Subject, output: Callable[[nn.Module], Tensor]) -> None:
+    """Float32 weights under autocast, as in training; gradients stay finite and in float32."""
+    module = subject.build()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = output(module)
+    error = relative_error(y, output(module))
+    assert error <= 12 * 2**-8, f"autocast is off by {error:.3g}, allowed {12 * 2**-8:.3g}"
+    y.float().square().sum().backward()
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        assert gradient is None or gradient.isfinite().all(), (
+            f"{name} gets a gradient that is not finite"
+        )
 
 
 def assert_close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> None:

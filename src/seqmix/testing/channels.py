@@ -72,6 +72,10 @@ def bfloat16_stays_within_budget(subject: Subject) -> None:
     )
 
 
+def mixed_precision_stays_within_budget(subject: Subject) -> None:
+    _subject.assert_mixed_precision_is_near(subject, lambda channel: _output(subject, channel))
+
+
 def repeated_runs_are_equal(subject: Subject) -> None:
     assert _output(subject, subject.build()).equal(_output(subject, subject.build()))
 
@@ -92,6 +96,7 @@ CHANNEL_LAWS: tuple[Law, ...] = (
     builds_on_the_meta_device,
     a_deep_copy_is_independent,
     bfloat16_stays_within_budget,
+    mixed_precision_stays_within_budget,
     repeated_runs_are_equal,
 )
 

@@ -269,6 +269,11 @@ def bfloat16_stays_within_budget(subject: Subject) -> None:
     _subject.assert_bfloat16_is_near(subject, output)
 
 
+def mixed_precision_stays_within_budget(subject: Subject) -> None:
+    x = subject.tokens()
+    _subject.assert_mixed_precision_is_near(subject, lambda mixer: _in_pieces(mixer, x, (9,))[0])
+
+
 def inference_states_can_be_continued(subject: Subject) -> None:
     mixer, x = subject.build(), subject.tokens()
     with torch.inference_mode():
@@ -370,6 +375,7 @@ MIXER_LAWS: tuple[Law, ...] = (
     builds_on_the_meta_device,
     a_deep_copy_is_independent,
     bfloat16_stays_within_budget,
+    mixed_precision_stays_within_budget,
     inference_states_can_be_continued,
     long_texts_stay_finite,
     repeated_runs_are_equal,
