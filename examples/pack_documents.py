@@ -15,7 +15,9 @@ def main(layout="mamba2, attention"):
     documents = [list(b"A short one."), list(b"One that is a little longer."), list(b"The last.")]
     packed = pack(documents, length=40, eos=END, pad=END)
     rows = packed.batch(range(packed.windows))
-    print(f"{packed.windows} rows of {packed.length} tokens; {packed.scored_tokens} tokens are predicted")
+    print(
+        f"{packed.windows} rows of {packed.length} tokens; {packed.scored_tokens} tokens are predicted"
+    )
 
     model = LanguageModel(ModelSpec(layout=layout, width=64, heads=2)).eval()
     bounds = cu_seqlens_from_segments(rows["segments"])

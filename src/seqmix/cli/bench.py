@@ -87,7 +87,8 @@ def time_operator(operator: Any, *, seconds: float) -> list[dict[str, Any]]:
 
 def disagreement(operator: Any, form: str) -> str | None:
     """None if the form agrees with the definition on every small case, forward and backward; else where not."""
-    from seqmix.testing.operators import Inapplicable, agrees_with_definition
+    from seqmix.testing._trials import Inapplicable
+    from seqmix.testing.operators import agrees_with_definition
 
     for case in operator.cases:
         try:

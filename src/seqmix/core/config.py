@@ -39,7 +39,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-_CHECKED = {"int": int, "float": (int, float), "bool": bool, "str": str}
+_CHECKED: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 def _check_type(owner: str, field: dataclasses.Field[Any], value: Any) -> None:

@@ -65,7 +65,7 @@ class Packed:
         """
         return int(token_bytes[self.tokens[self._is_scored].numpy()].sum())
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `segments` `[B, T]`, int64.
 
         Labels stand under their own tokens (the model shifts them); a label whose predecessor is in

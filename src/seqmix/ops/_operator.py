@@ -170,7 +170,8 @@ def check_tensors(
                 f"Pass {name}.to({str(device)!r})."
             )
         device = tensor.device
-        layouts = axes[name] if isinstance(axes[name], tuple) else (axes[name],)
+        allowed = axes[name]
+        layouts = allowed if isinstance(allowed, tuple) else (allowed,)
         sizes = _bind(operator, name, tensor, [layout.split() for layout in layouts], sizes)
     return sizes
 

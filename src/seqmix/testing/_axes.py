@@ -27,7 +27,7 @@ def with_length(case: Case, length: int) -> Case:
     sizes = {"T": length}
     if "S" in case.sizes:
         sizes["S"] = case["S"] - case["T"] + length
-    return case.at(**sizes)
+    return case.at(None, **sizes)
 
 
 def draw(
