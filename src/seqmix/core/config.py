@@ -49,9 +49,10 @@ def _check_type(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     if not all(kind in _CHECKED or kind == "None" for kind in kinds):
         return
     for kind in kinds:
-        if kind == "None" and value is None:
+        if kind == "None":
+            fits = value is None
+        else:  # a bool is an int to Python, not to a reader
+            fits = isinstance(value, _CHECKED[kind]) and (kind == "bool") == isinstance(value, bool)
+        if fits:
             return
-        if kind in _CHECKED and isinstance(value, _CHECKED[kind]):
-            if kind == "bool" or not isinstance(value, bool):
-                return
     raise ConfigError(f"{owner}: {field.name}={value!r} is not of type {declared}.")

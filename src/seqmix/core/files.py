@@ -67,7 +67,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} exists and is not empty. Choose another folder, or move it away.")
+        raise OutputError(
+            f"{path} exists and is not empty. Choose another folder, or move it away."
+        )
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -68,7 +68,9 @@ class Growing:
     def append(self, new: Tensor) -> Growing:
         """This tensor followed by `new [B, T, ...]`."""
         if torch.is_grad_enabled() and (new.requires_grad or self._storage.data.requires_grad):
-            return Growing(torch.cat([self.tensor, new], dim=1))  # autograd wants no in-place writes
+            return Growing(
+                torch.cat([self.tensor, new], dim=1)
+            )  # autograd wants no in-place writes
         storage, length = self._storage, self._length + new.shape[1]
         frozen = storage.data.is_inference() and not torch.is_inference_mode_enabled()
         if storage.stamp != self._stamp or length > storage.data.shape[1] or frozen:
@@ -98,9 +100,7 @@ def map_state(function: Callable[..., Tensor], state: State, *others: State) -> 
     if isinstance(state, dict):
         return {k: map_state(function, v, *(o[k] for o in others)) for k, v in state.items()}
     if isinstance(state, list | tuple):
-        parts = [
-            map_state(function, v, *(o[i] for o in others)) for i, v in enumerate(state)
-        ]
+        parts = [map_state(function, v, *(o[i] for o in others)) for i, v in enumerate(state)]
         return type(state)(parts)
     raise TypeError(f"a state holds tensors, not {type(state).__name__}")
 

@@ -16,4 +16,4 @@ OPERATORS = Catalog("seqmix.ops", "OPERATOR")
 for _name in OPERATORS:
     globals()[_name] = getattr(importlib.import_module(f"seqmix.ops.{_name}"), _name)
 
-__all__ = ["OPERATORS", "Case", "Form", "Operator", "record_forms", *OPERATORS.names()]  # noqa: PLE0604
+__all__ = ["OPERATORS", "Case", "Form", "Operator", "record_forms", *OPERATORS.names()]

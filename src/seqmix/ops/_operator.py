@@ -111,7 +111,9 @@ class Operator:
         device = inputs[0].device.type
         if not torch.amp.is_autocast_available(device):
             return run(*inputs, **options)
-        with torch.autocast(device, enabled=False):  # the public function has chosen the dtype already
+        with torch.autocast(
+            device, enabled=False
+        ):  # the public function has chosen the dtype already
             return run(*inputs, **options)
 
 
@@ -173,6 +175,13 @@ def check_tensors(
         allowed = axes[name]
         layouts = allowed if isinstance(allowed, tuple) else (allowed,)
         sizes = _bind(operator, name, tensor, [layout.split() for layout in layouts], sizes)
+        if (
+            not tensor.numel() and name != "initial_state"
+        ):  # a kernel of one tap has an empty history
+            raise ShapeError(
+                f"{operator}: `{name}` has shape {list(tensor.shape)}, wanted at least one of everything. "
+                "Leave out the call where there are no tokens."
+            )
     return sizes
 
 
@@ -246,7 +255,9 @@ class Packing:
     """
 
     def __init__(self, operator: str, cu_seqlens: Tensor, like: Tensor) -> None:
-        bounds = cu_seqlens.detach().to("cpu", torch.long) if isinstance(cu_seqlens, Tensor) else None
+        bounds = (
+            cu_seqlens.detach().to("cpu", torch.long) if isinstance(cu_seqlens, Tensor) else None
+        )
         if bounds is None or cu_seqlens.is_floating_point() or bounds.ndim != 1 or len(bounds) < 2:
             raise ShapeError(
                 f"{operator}: `cu_seqlens` must be an integer tensor [N+1] of boundaries such as [0, 5, 12], "

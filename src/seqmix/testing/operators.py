@@ -312,7 +312,7 @@ def half_precision_inputs_lose_only_their_own_rounding(
 
 @law()
 def wrong_arguments_are_refused_by_name(operator: Operator, form: str, case: Case) -> None:
-    """A missing axis, a size that disagrees and an integer dtype raise an error that names the argument."""
+    """A missing axis, a disagreeing size, no tokens, an integer dtype: the error names the argument."""
     case = runnable(operator, form, case)
     inputs = ax.draw(operator, case)
     given = ax.tensors(operator, inputs)
@@ -327,6 +327,8 @@ def wrong_arguments_are_refused_by_name(operator: Operator, form: str, case: Cas
             wrong["an extra axis"] = tensor.unsqueeze(0)
         if any(letters[name][-1] in other for n, other in letters.items() if n != name):
             wrong["a last size that disagrees"] = torch.cat([tensor, tensor[..., :1]], dim=-1)
+        if "T" in letters[name]:
+            wrong["no tokens, so a length that disagrees,"] = tensor[:, :0]
         for what, value in wrong.items():
             blamed = given if "disagrees" in what else [name]
             refuses(operator, form, {**inputs, name: value}, blamed, f"{what} of `{name}`")
