@@ -9,7 +9,14 @@ import torch
 
 from seqmix.core import state as states
 from seqmix.core.config import Config
-from seqmix.core.errors import CheckpointError, ConfigError, LayoutError, MissingExtra, RangeError, UnknownName
+from seqmix.core.errors import (
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    MissingExtra,
+    RangeError,
+    UnknownName,
+)
 from seqmix.core.extras import require
 from seqmix.core.files import OutputError, new_folder, write_text
 from seqmix.core.numerics import assert_as_accurate
@@ -75,9 +82,14 @@ def test_a_folder_of_the_user_is_never_overwritten(tmp_path):
     (tmp_path / "mine" / "work.txt").write_text("x")
     with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "mine"):
         pass
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "other") as folder:
-        (folder / "half.txt").write_text("x")
-        raise ZeroDivisionError
+
+    def fail_half_way():
+        with new_folder(tmp_path / "other") as folder:
+            (folder / "half.txt").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert os.listdir(tmp_path) == ["mine"]
 
 
@@ -101,7 +113,9 @@ def example_state():
 def test_a_fork_leaves_the_original_as_it_was():
     first = Growing(torch.zeros(1, 2, 1))
     one = first.append(torch.ones(1, 1, 1))
-    two = first.append(torch.full((1, 1, 1), 2.0))  # a fork: the same place in the cache, another value
+    two = first.append(
+        torch.full((1, 1, 1), 2.0)
+    )  # a fork: the same place in the cache, another value
     three = one.append(torch.full((1, 1, 1), 3.0))
     assert first.tensor.flatten().tolist() == [0, 0]
     assert one.tensor.flatten().tolist() == [0, 0, 1]
@@ -136,7 +150,8 @@ def test_forked_rows_lie_side_by_side():
 def test_a_state_survives_the_disk(tmp_path):
     state = example_state()
     back = states.load_state(states.save_state(state, tmp_path / "state.safetensors"))
-    assert isinstance(back[1], tuple) and isinstance(back[0]["keys"], Growing)
+    assert isinstance(back[1], tuple)
+    assert isinstance(back[0]["keys"], Growing)
     for a, b in zip(states.leaves(state), states.leaves(back), strict=True):
         assert torch.equal(a, b)
     assert states.num_bytes(back) == states.num_bytes(state)
@@ -166,7 +181,10 @@ def test_history_rolls_back_as_far_as_it_reaches():
         ("mamba2", ["mamba2"]),
         ("3x[gated_delta_net], attention", ["gated_delta_net"] * 3 + ["attention"]),
         ("2 x [a, 2x b]", ["a", "b", "b"] * 2),
-        ("attention(window=256, rope_base=1e4)/squared_relu", ["attention(window=256, rope_base=10000.0)/squared_relu"]),
+        (
+            "attention(window=256, rope_base=1e4)/squared_relu",
+            ["attention(window=256, rope_base=10000.0)/squared_relu"],
+        ),
         ("a(flag=true, none_of_it=none, word=relu)", ["a(flag=true, none_of_it=none, word=relu)"]),
         ("xlstm, x", ["xlstm", "x"]),
         ("gated-delta-net", ["gated_delta_net"]),
@@ -204,7 +222,9 @@ def test_a_part_stands_alone():
 
 
 def test_depth_repeats_the_layout_from_its_start():
-    spec = ModelSpec(layout="2x[gated_linear_attention], gated_linear_attention(gate_rank=4)", depth=5)
+    spec = ModelSpec(
+        layout="2x[gated_linear_attention], gated_linear_attention(gate_rank=4)", depth=5
+    )
     ranks = [entry.mixer.options.get("gate_rank") for entry in spec.entries()]
     assert ranks == [None, None, 4, None, None]
 
