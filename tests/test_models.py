@@ -158,7 +158,7 @@ class TestConfig:
         assert not again.tie_word_embeddings
 
     def test_unknown_field(self):
-        with pytest.raises(ConfigError, match="widht.*width"):
+        with pytest.raises(ConfigError, match=r"widht.*width"):
             create("attention", widht=32)
 
     def test_untied(self, tmp_path):
@@ -190,9 +190,21 @@ class TestConfig:
             GatedLinearAttention.causal = before
 
 
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointed in (False, True):
+        model, ids = build(HYBRID).train(), draw(2, 9)
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(ids, labels=ids, segments=torch.tensor([[0] * 9, [0] * 4 + [1] * 5])).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
 class TestBadInput:
     def test_foreign_cache(self):
-        with pytest.raises(ConfigError, match="DynamicCache.*StateCache"):
+        with pytest.raises(ConfigError, match=r"DynamicCache.*StateCache"):
             build(HYBRID)(draw(1, 4), past_key_values=DynamicCache())
 
     def test_mask_of_another_shape(self):
@@ -242,6 +254,10 @@ class TestBadInput:
         cache = model(draw(1, 6)).past_key_values
         with pytest.raises(RangeError, match="activate_past_recording"):
             cache.crop(-1)
+
+    def test_unknown_input(self):
+        with pytest.raises(ConfigError, match="position_ids: not an input"):
+            build(HYBRID)(draw(1, 4), position_ids=draw(1, 4))
 
     def test_attentions(self):
         with pytest.raises(ConfigError, match="output_attentions"):

@@ -9,7 +9,9 @@ mixer's business alone, so states and packed texts pass through here untouched.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ class ModelSpec(Config):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}, wanted at least 1.")
         if self.depth is not None and self.depth < 1:
-            raise ConfigError(f"depth={self.depth}, wanted at least 1, or none for the layout as written.")
+            raise ConfigError(
+                f"depth={self.depth}, wanted at least 1, or none for the layout as written."
+            )
 
     def entries(self) -> list[Entry]:
         """One entry per block."""
@@ -99,7 +103,14 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedded tokens [B, T, D] to features [B, T, D], through every block and a last norm."""
+    """Embedded tokens [B, T, D] to features [B, T, D], through every block and a last norm.
+
+    With `gradient_checkpointing`, which transformers sets together with the function that does it, training
+    keeps only what goes into a block and computes the rest again.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, State]]
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -136,7 +147,11 @@ class Backbone(nn.Module):
         states = [None] * len(self.blocks) if state is None else state
         after = []
         for block, before in zip(self.blocks, states, strict=True):
-            x, new = block(x, before, cu_seqlens=cu_seqlens)
+            run = partial(block, cu_seqlens=cu_seqlens)
+            if self.gradient_checkpointing and self.training:
+                x, new = self._gradient_checkpointing_func(run, x, before)
+            else:
+                x, new = run(x, before)
             after.append(new)
         return self.norm(x), after
 

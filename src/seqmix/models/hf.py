@@ -276,12 +276,12 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         segments: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **options: Tensor,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, T, vocabulary] of the next tokens; with labels also the mean cross-entropy, in nats.
 
@@ -292,17 +292,24 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the cache of an earlier call, to continue from; it is brought up to date.
             labels: [B, T], under their own tokens: position t is scored against label t + 1. -100 is not
                 scored, nor are pads and the first token of each text.
-            shift_labels: [B, T] instead: position t is scored against label t.
             use_cache: whether to return a cache; by default outside training.
             segments: [B, T], a number per document; nothing passes from one document to the next.
             cu_seqlens: boundaries [N+1] of N texts in one row (B = 1); the state has N rows.
             num_items_in_batch: what the summed loss is divided by (gradient accumulation), instead of
                 the number of scored labels.
             logits_to_keep: only the logits of so many last positions.
+            shift_labels (among `options`): [B, T] instead of labels: position t is scored against label t.
 
         Raises:
             ShapeError, ConfigError: for inputs that do not go together.
         """
+        # Not a named parameter: the Trainer takes every name with "label" for one that batches must have.
+        shift_labels = options.pop("shift_labels", None)
+        if unknown := sorted(name for name, value in options.items() if value is not None):
+            raise ConfigError(
+                f"{', '.join(unknown)}: not an input of a seqmix model. Positions and boundaries follow from "
+                "attention_mask, segments or cu_seqlens."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("Give exactly one of input_ids and inputs_embeds.")
         if output_attentions or output_hidden_states:

@@ -105,12 +105,18 @@ class HeldOut:
         for start in _track(range(0, len(self.windows), rows), shown=progress):
             batch = self.packed.batch(self.windows[start : start + rows])
             inputs = {"input_ids": batch["input_ids"].to(model.device)}
-            if isinstance(model, SeqmixForCausalLM):
+            if takes_segments(model):
                 inputs["segments"] = batch["segments"].to(model.device)
             logits = model(**inputs, use_cache=False).logits
             total += _loss_sum(logits[:, :-1], batch["labels"][:, 1:])
             count += int((batch["labels"] != IGNORED).sum())
         return _result(total, count, self.bytes)
+
+
+def takes_segments(model: Any) -> bool:
+    """Whether this is a seqmix model, perhaps inside an adapter of peft."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return isinstance(base, SeqmixForCausalLM)
 
 
 def _bytes_after_first_token(backend: Tokenizer, text: str) -> int:
@@ -146,7 +152,7 @@ def _carried(
     *,
     progress: bool,
 ) -> tuple[float, int]:
-    if not isinstance(model, SeqmixForCausalLM):
+    if not takes_segments(model):
         raise ConfigError("carry: only seqmix models carry their state. Leave it out for others.")
     model.eval()
     total, count = 0.0, 0

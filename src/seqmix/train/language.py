@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from seqmix.core.errors import ConfigError
@@ -19,7 +19,7 @@ from seqmix.data.tokenizer import encode, save_tokenizer, tokenizer_from
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.hf import SeqmixForCausalLM, create, load
 from seqmix.ops import record_forms
-from seqmix.train.evaluation import HeldOut, backend_of, end_of_text
+from seqmix.train.evaluation import HeldOut, backend_of, end_of_text, takes_segments
 from seqmix.train.folder import RunFolder
 from seqmix.train.loop import Plan, Record, quiet, run
 from seqmix.train.result import Trained
@@ -139,7 +139,7 @@ def train(
     with record_forms() as forms:
         record = run(
             made,
-            shuffled(packed, batch, seed=seed, keep_segments=isinstance(made, SeqmixForCausalLM)),
+            shuffled(packed, batch, seed=seed, keep_segments=takes_segments(made)),
             plan,
             folder=folder,
             observe=observe,
@@ -170,9 +170,9 @@ def prepare(
     seed: int,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train and its tokeniser."""
-    if isinstance(model, PreTrainedModel) or is_saved(model):
+    if isinstance(model, nn.Module) or is_saved(model):
         words = None
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, nn.Module):
             model, words = load(model)
         if words is None:
             if isinstance(tokenizer, str | Path):
@@ -204,14 +204,14 @@ def new_model(
         return create(spec, eos_token_id=eos, pad_token_id=pad)
 
 
-def is_saved(model: Any) -> bool:
+def is_saved(model: Any) -> TypeGuard[str | Path]:
     """Whether `model` names a saved model, not a layout."""
     return isinstance(model, Path) or (isinstance(model, str) and Path(model).is_dir())
 
 
 def describe(model: str | Path | ModelSpec | PreTrainedModel) -> Any:
     """What stands for the model in the arguments of a run."""
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, nn.Module):
         return {"class": type(model).__name__, "parameters": model.num_parameters()}
     return str(Path(model).resolve()) if is_saved(model) else to_spec(model).to_dict()
 

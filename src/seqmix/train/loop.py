@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from seqmix.core.errors import CheckpointError, ConfigError, NumericalError
+from seqmix.core.errors import CheckpointError, ConfigError, NumericalError, SeqmixError
 from seqmix.core.files import OutputError
 from seqmix.train.folder import RECORD, RunFolder, read_json
 from seqmix.train.progress import ProgressBar
@@ -187,6 +187,7 @@ class _Trainer(Trainer):
             max_grad_norm=plan.clip,
             learning_rate=plan.learning_rate,
             bf16=PRECISIONS[plan.precision],
+            use_cpu=not torch.accelerator.is_available(),
             seed=plan.seed,
             ignore_data_skip=True,  # the stream starts at the right batch by itself
             remove_unused_columns=False,
@@ -199,6 +200,8 @@ class _Trainer(Trainer):
         )
         super().__init__(model, arguments)
         self.remove_callback(PrinterCallback)
+        # A new accelerator has nothing to free, and collecting garbage takes longer than a small run.
+        self.accelerator.free_memory = lambda *objects: list(objects)
         if self.args.world_size > 1:
             raise ConfigError("Training runs in one process. Start it without torchrun.")
         self.plan = plan
@@ -236,18 +239,27 @@ class _Trainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: BATCH, num_items_in_batch: Any = None
     ) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except SeqmixError as error:
+            # Operators refuse arguments that are not finite: say that the weights are to blame, and when.
+            if all(bool(p.isfinite().all()) for p in model.parameters()):
+                raise
+            raise self._diverged("not computable: the weights are not finite") from error
         value = loss.item()
         if not math.isfinite(value):
-            step = self.record.steps + 1
-            error = NumericalError(
-                f"The loss at step {step} is {value}. Lower the learning rate "
-                f"({self.plan.learning_rate:g}) or lengthen the warm-up."
-            )
-            error.step = step  # type: ignore[attr-defined]
-            raise error
+            raise self._diverged(str(value))
         self.record.loss_sum += value
         return loss
+
+    def _diverged(self, what: str) -> NumericalError:
+        step = self.record.steps + 1
+        error = NumericalError(
+            f"The loss at step {step} is {what}. Lower the learning rate "
+            f"({self.plan.learning_rate:g}) or lengthen the warm-up."
+        )
+        error.step = step  # type: ignore[attr-defined]
+        return error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqmix.core.errors import ConfigError
@@ -135,9 +135,9 @@ def evaluate_task(
 def _model(
     model: str | Path | ModelSpec | PreTrainedModel, task: Task[Any], seed: int
 ) -> PreTrainedModel:
-    if not isinstance(model, PreTrainedModel) and not is_saved(model):
+    if not isinstance(model, nn.Module) and not is_saved(model):
         return new_model(dataclasses.replace(to_spec(model), vocabulary=task.vocabulary), seed)
-    made = model if isinstance(model, PreTrainedModel) else load(model)[0]
+    made = model if isinstance(model, nn.Module) else load(model)[0]
     if made.config.vocab_size < task.vocabulary:
         raise ConfigError(
             f"The task has {task.vocabulary} ids and the model only {made.config.vocab_size}. "
