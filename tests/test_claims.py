@@ -14,7 +14,7 @@ def test_quick_size_measures_every_statement(name, tmp_path):
     record = reproduce(name, size="quick", out=tmp_path)
     assert record["findings"], "a claim measures something"
     for finding in record["findings"]:
-        assert finding["statement"] and finding["expected"] and finding["measured"]
+        assert all(finding[part] for part in ("statement", "expected", "measured"))
         assert finding["verdict"] in ("reproduced", "not reproduced", "inconclusive")
     on_disk = json.loads((tmp_path / f"{name.replace('_', '-')}.json").read_text())
     assert on_disk["verdict"] == overall([Finding(**f) for f in record["findings"]])
