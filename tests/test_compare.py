@@ -58,7 +58,9 @@ def command(text, candidates, out, *, patch="", **options):
         from seqmix.measure import compare, study, trial
         trial.stage_command = fake_command
     """
-    call = f"compare.compare({str(text)!r}, {candidates!r}, out={str(out)!r}, **{SMALL | options!r})"
+    call = (
+        f"compare.compare({str(text)!r}, {candidates!r}, out={str(out)!r}, **{SMALL | options!r})"
+    )
     return [sys.executable, "-c", "\n".join([textwrap.dedent(code), textwrap.dedent(patch), call])]
 
 
@@ -101,7 +103,9 @@ def test_the_same_command_trains_nothing_twice(tmp_path, text, started):
     assert started() == before
     assert again.recommendation["candidate"] is None
     assert again.recommendation["nearest"] == "linear_attention"
-    assert "No candidate meets the budget memory_mb<1" in again.report.read_text().replace("&lt;", "<")
+    assert "No candidate meets the budget memory_mb<1" in again.report.read_text().replace(
+        "&lt;", "<"
+    )
     compare(text, names, contexts=[512], out=out, **SMALL)  # fewer contexts than were measured
     assert started() == before
     compare(text, names, out=out, retry_failed=True, **SMALL)
@@ -133,18 +137,18 @@ def test_other_machine_version_or_data_is_refused(tmp_path, text, started, monke
     here = module.machine.describe()
     with monkeypatch.context() as patched:
         patched.setattr(module.machine, "describe", lambda: here | {"cpu": "Abacus 3"})
-        with pytest.raises(StudyError, match="machine.cpu: .* Abacus 3 in this command") as caught:
+        with pytest.raises(StudyError, match=r"machine.cpu: .* Abacus 3 in this command") as caught:
             compare(text, "linear_attention", out=out, **SMALL)
         assert "--allow-other-machine" in str(caught.value)
         compare(text, "linear_attention", out=out, allow_other_machine=True, **SMALL)
     with monkeypatch.context() as patched:
         versions = here["versions"] | {"seqmix": "99"}
         patched.setattr(module.machine, "describe", lambda: here | {"versions": versions})
-        with pytest.raises(StudyError, match="versions.seqmix: .* 99 in this command"):
+        with pytest.raises(StudyError, match=r"versions.seqmix: .* 99 in this command"):
             compare(text, "linear_attention", out=out, **SMALL)
     with text.open("a") as file:
         file.write("one more line\n")
-    with pytest.raises(StudyError, match="data.fingerprint"):
+    with pytest.raises(StudyError, match=r"data.fingerprint"):
         compare(text, "linear_attention", out=out, **SMALL)
 
 
@@ -187,7 +191,7 @@ def test_a_full_disk_and_a_damaged_study_are_explained(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
-        with pytest.raises(OutputError, match="Cannot write the study at .*Free some space"):
+        with pytest.raises(OutputError, match=r"Cannot write the study at .*Free some space"):
             Study(tmp_path / "full.sqlite3", "name", manifest())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -241,16 +245,18 @@ def test_work_enqueued_twice_is_done_once(tmp_path):
     assert claim.key == Key("a", 0)
     assert study.claim() is None
     claim.complete({"x": 1}, [1.0, 2.0, 3.0])
-    assert study.outcomes() == {Key("a", 0): {"state": "complete", "result": {"x": 1}, "failure": None}}
+    assert study.outcomes() == {
+        Key("a", 0): {"state": "complete", "result": {"x": 1}, "failure": None}
+    }
     study.enqueue_missing()
     assert study.claim() is None
 
 
 def test_several_processes_share_the_work(tmp_path, text, started):
     names = "linear_attention; mamba2; gated_linear_attention; gated_delta_net"
-    workers = [subprocess.Popen(command(text, names, tmp_path / "out", seeds=2)) for _ in range(2)]
+    workers = [subprocess.Popen(command(text, names, tmp_path / "out")) for _ in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    assert len(started()) == 2 * 8
+    assert len(started()) == 2 * 4
     assert set(started().values()) == {1}
     found = json.loads((tmp_path / "out/comparison.json").read_text())
     assert {record["state"] for record in found["records"]} == {"complete"}
@@ -339,5 +345,3 @@ def test_real_comparison_survives_kill(tmp_path, text):
         assert list(result["serve"]["decode_ms"]) == ["40", "80"]
         assert result["forms"]["decode"]
     assert found.recommendation["candidate"] in names.split("; ")
-
-

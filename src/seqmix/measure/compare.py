@@ -8,6 +8,7 @@ several processes with the same command share the trials.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import shlex
@@ -19,8 +20,7 @@ from typing import Any
 
 from rich.table import Table
 
-from seqmix.core.errors import DataError, RangeError
-from seqmix.core.extras import require
+from seqmix.core.errors import DataError, MissingExtra, RangeError
 from seqmix.core.files import OutputError, write_text
 from seqmix.data.language_modelling import language_modelling
 from seqmix.data.text import read_text
@@ -122,7 +122,12 @@ def compare(
     `StudyError` where `out` holds another comparison, and `OutputError` where it cannot be written.
     """
     for package in ("optuna", "plotly", "transformers"):
-        require(package, extra="compare")
+        if (
+            importlib.util.find_spec(package) is None
+        ):  # found, not imported: trials import what they need
+            raise MissingExtra(
+                f"compare needs {package}, which is not installed: pip install 'seqmix[compare]'"
+            )
     terms = parse_budget(budget)
     layouts = split_candidates(candidates)
     size, effort = parse_equal(equal)

@@ -189,7 +189,8 @@ def _end_with_parent() -> None:
     """Ends this process when its standard input closes, which happens when the parent is gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin, whose lock the interpreter wants when it ends
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -117,6 +117,7 @@ def _frontier(comparison: Values, rows: Sequence[Values]) -> list[str]:
             values=values,
             more_is_better=metric in MORE_IS_BETTER,
             limit=_limit(comparison, metric, context),
+            colours=_colours(comparison),
             recommended=comparison["recommendation"]["candidate"],
         )
     return [
@@ -147,7 +148,10 @@ def _scaling(comparison: Values) -> list[str]:
     }
     variants = {
         title: plots.scaling(
-            {name: serve[metric] for name, serve in first.items()}, title=title, measured=measured
+            {name: serve[metric] for name, serve in first.items()},
+            title=title,
+            measured=measured,
+            colours=_colours(comparison),
         )
         for title, (metric, measured) in figures.items()
     }
@@ -172,7 +176,10 @@ def _curves(comparison: Values) -> list[str]:
     shown = {name: seeds for name, seeds in curves.items() if seeds}
     return [
         page.figure(
-            {f"over {over}": plots.loss_curves(shown, over=over) for over in ("tokens", "seconds")}
+            {
+                f"over {over}": plots.loss_curves(shown, over=over, colours=_colours(comparison))
+                for over in ("tokens", "seconds")
+            }
         )
     ]
 
@@ -221,6 +228,11 @@ def _machine(comparison: Values) -> list[str]:
 
 def _distinct(records: Sequence[Values], of: Callable[[Values], str]) -> list[str]:
     return sorted({of(record["result"]) for record in records})
+
+
+def _colours(comparison: Values) -> dict[str, str]:
+    """The same colour for a candidate in every plot."""
+    return page.series_colours([row["candidate"] for row in comparison["summaries"]])
 
 
 def _complete(comparison: Values) -> list[Values]:

@@ -34,6 +34,7 @@ def render_page(title: str, sections: Sequence[Section], *, lead: Sequence[str] 
     content = "\n".join(body)
     scripts = ""
     if PLOT in content:
+        require("plotly", extra="compare")
         library = require("plotly.offline", extra="compare").get_plotlyjs()
         scripts = f"<script>{library}</script>\n<script>{SCRIPT}</script>"
     return (
@@ -58,14 +59,26 @@ def preformatted(text: str) -> str:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, marked: Sequence[int] = ()
 ) -> str:
-    """A table that scrolls on its own; numbers and what looks like one go right, `marked` rows stand out."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    lines = []
-    for number, row in enumerate(rows):
-        cells = "".join(_cell(value) for value in row)
-        lines.append(
-            f'<tr class="marked">{cells}</tr>' if number in marked else f"<tr>{cells}</tr>"
+    """A table that scrolls on its own; columns of numbers go right, `marked` rows stand out."""
+    texts = [["" if value is None else _plain(value) for value in row] for row in rows]
+    kinds = [
+        ' class="number"' if rows and all(_is_number(row[i]) for row in texts) else ""
+        for i in range(len(columns))
+    ]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+            for cell, kind in zip(cells, kinds, strict=True)
         )
+
+    head = line("th", columns)
+    lines = [
+        f'<tr class="marked">{line("td", row)}</tr>'
+        if i in marked
+        else f"<tr>{line('td', row)}</tr>"
+        for i, row in enumerate(texts)
+    ]
     body = "\n".join(lines)
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -106,16 +119,8 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _cell(value: Any) -> str:
-    text = "" if value is None else _plain(value)
-    is_number = isinstance(value, int | float) or all(
-        word[:1].isdigit() or word in ("±", "-") for word in text.split()
-    )
-    return (
-        f'<td class="number">{html.escape(text)}</td>'
-        if is_number
-        else f"<td>{html.escape(text)}</td>"
-    )
+def _is_number(text: str) -> bool:
+    return all(word[:1].isdigit() or word in ("±", "-") for word in text.split())
 
 
 def series_colours(names: Sequence[str]) -> dict[str, str]:
@@ -153,7 +158,8 @@ th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px s
   vertical-align: top; }
 td { min-width: 4rem; }
 th { color: var(--muted); font-weight: 600; }
-td.number { text-align: right; white-space: nowrap; }
+th.number, td.number { text-align: right; }
+td.number { white-space: nowrap; }
 tr.marked { background: var(--mark); font-weight: 600; }
 pre { background: var(--panel); padding: 0.75rem; border-radius: 0.4rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: 0.82rem; }

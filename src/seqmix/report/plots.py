@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seqmix.report.page import series_colours
-
 Row = Mapping[str, Any]
 
 
@@ -27,13 +25,13 @@ def frontier(
     values: Sequence[float],
     more_is_better: bool = False,
     limit: tuple[float, str] | None = None,
+    colours: Mapping[str, str],
     recommended: str | None = None,
 ) -> dict[str, Any]:
     """Quality over one figure of each row: the marker's area is its memory, a line joins the Pareto frontier.
 
     `limit` is a line of the budget, with its text.
     """
-    colours = series_colours([row["candidate"] for row in rows])
     largest = max((row["figures"]["memory_mb"] for row in rows), default=1.0) or 1.0
     data: list[dict[str, Any]] = []
     sign = -1.0 if more_is_better else 1.0
@@ -93,20 +91,24 @@ def frontier(
                 "y1": 1,
                 "yref": "paper",
                 "line": {"color": "#d55e00", "dash": "dash", "width": 1},
-                "label": {"text": limit[1], "textposition": "end", "font": {"size": 10}},
+                "name": f"budget {limit[1]}",
+                "showlegend": True,
             }
         ]
     return {"data": data, "layout": layout}
 
 
 def scaling(
-    series: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str, measured: str
+    series: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    title: str,
+    measured: str,
+    colours: Mapping[str, str],
 ) -> dict[str, Any]:
     """One line per candidate over the context: what was measured with its quartiles, what was predicted dashed.
 
     `series` maps candidate and context to a dict with `measured`, `predicted`, and `low` and `high` if known.
     """
-    colours = series_colours(list(series))
     data: list[dict[str, Any]] = []
     for name, by_context in series.items():
         contexts = sorted(by_context, key=int)
@@ -151,16 +153,19 @@ def scaling(
             "tickvals": contexts,
             "ticktext": [str(context) for context in contexts],
         },
-        "yaxis": {"title": {"text": title}, "type": "log" if positive else "linear"},
+        "yaxis": {"title": {"text": title}, "type": "log" if positive else "linear"}
+        | ({"dtick": "D2"} if positive else {}),
     }
     return {"data": data, "layout": layout}
 
 
 def loss_curves(
-    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], *, over: str
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    *,
+    over: str,
+    colours: Mapping[str, str],
 ) -> dict[str, Any]:
     """Training loss over `tokens` or `seconds`, one line per candidate and seed."""
-    colours = series_colours(list(curves))
     data = []
     for name, seeds in curves.items():
         for number, history in enumerate(seeds):
