@@ -27,6 +27,7 @@ from seqmix.train import evaluate, evaluate_task, language, loop, train, train_t
 from seqmix.train.evaluation import backend_of
 from seqmix.train.folder import RunFolder
 from seqmix.train.language import prepare
+from seqmix.train.plan import parameter_groups
 from seqmix.train.schedule import factor
 
 SPEC = ModelSpec(layout="gated_linear_attention, attention", width=16, heads=2, channel="mlp")
@@ -249,7 +250,7 @@ def test_adapters_train(tmp_path):
 
 def test_vectors_embeddings_and_marked_parameters_do_not_decay():
     model = create("mamba", width=32, vocabulary=40, tied=False)
-    decayed, others = (group["params"] for group in loop.parameter_groups(model, 0.1))
+    decayed, others = (group["params"] for group in parameter_groups(model, 0.1))
     names = {id(p): name for name, p in model.named_parameters()}
     kept = {names[id(p)] for p in others}
     assert {"model.embedding.weight", "model.backbone.blocks.0.mixer.A_log"} <= kept

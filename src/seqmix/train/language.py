@@ -21,7 +21,8 @@ from seqmix.models.hf import SeqmixForCausalLM, create, load
 from seqmix.ops import record_forms
 from seqmix.train.evaluation import HeldOut, backend_of, end_of_text, takes_segments
 from seqmix.train.folder import RunFolder
-from seqmix.train.loop import Plan, Record, quiet, run
+from seqmix.train.loop import quiet, run
+from seqmix.train.plan import Plan, Record
 from seqmix.train.result import Trained
 
 if TYPE_CHECKING:

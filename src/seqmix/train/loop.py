@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
@@ -36,67 +37,14 @@ from transformers.utils import logging as hf_logging
 from seqmix.core.errors import CheckpointError, ConfigError, NumericalError, SeqmixError
 from seqmix.core.files import OutputError
 from seqmix.train.folder import RECORD, RunFolder, read_json
+from seqmix.train.plan import PRECISIONS, Plan, Record, parameter_groups
 from seqmix.train.progress import ProgressBar
-from seqmix.train.schedule import check_schedule, factor
+from seqmix.train.schedule import factor
 
 BATCH = dict[str, Tensor]
 POINTS = 200  # of a loss curve
 SAVE_SECONDS = 60.0  # between checkpoints, where no number of steps is given
 ENDLESS = 2**31 - 1  # steps of a run that a clock ends
-PRECISIONS = {"float32": False, "bfloat16": True}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How to train; one of `steps` and `seconds` ends the run."""
-
-    steps: int | None = None
-    seconds: float | None = None
-    tokens_per_step: int
-    learning_rate: float
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    accumulate: int = 1
-    precision: str = "float32"
-    seed: int = 0
-    save_every: int | None = None
-    observe_every: int | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_schedule(self.schedule, self.warmup)
-        if (self.steps is None) == (self.seconds is None):
-            raise ConfigError("Give exactly one budget: steps, tokens or seconds.")
-        for name in ("steps", "seconds", "learning_rate", "accumulate", "save_every"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value}, wanted more than 0.")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision={self.precision!r}, wanted float32 or bfloat16.")
-
-
-@dataclass
-class Record:
-    """What a run has used and measured so far; part of every checkpoint.
-
-    `seconds` leaves out start-up: the clock of each process starts after its first step, and stands still
-    while a checkpoint is written or the model evaluated. `timed_tokens` are those of the steps it timed.
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    timed_tokens: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-    loss_sum: float = 0.0  # of the steps since the last entry of the history
-    loss_steps: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.timed_tokens / self.seconds if self.seconds else 0.0
 
 
 class Stream(IterableDataset[BATCH]):
@@ -147,7 +95,14 @@ def run(
         stack.enter_context(pace.interruptible())
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            KeyError,
+            ValueError,
+            SafetensorError,
+            UnpicklingError,
+        ) as error:
             if checkpoint is None or pace.began:
                 raise
             raise CheckpointError(
@@ -391,23 +346,6 @@ class _Pace(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors, embeddings and parameters marked `no_weight_decay` do not."""
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            marked = getattr(parameter, "no_weight_decay", False) or id(parameter) in embeddings
-            (others if parameter.ndim < 2 or marked else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from seqmix.train.loop import Record
+    from seqmix.train.plan import Record
 
 
 class ProgressBar:

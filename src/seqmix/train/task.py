@@ -16,7 +16,8 @@ from seqmix.models.hf import load
 from seqmix.ops import record_forms
 from seqmix.train.folder import RunFolder
 from seqmix.train.language import describe, finished, is_saved, new_model, to_spec
-from seqmix.train.loop import Plan, Record, quiet, run
+from seqmix.train.loop import quiet, run
+from seqmix.train.plan import Plan, Record
 from seqmix.train.result import Trained
 
 if TYPE_CHECKING:
