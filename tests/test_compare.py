@@ -3,6 +3,7 @@
 Most tests put `fake_stage.py` in the place of training; two train for real.
 """
 
+import io
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from seqmix.core.errors import BudgetError, DataError, MissingExtra, StudyError, UnknownName
 from seqmix.core.files import OutputError
@@ -85,12 +87,9 @@ def test_failures_are_recorded_and_the_study_goes_on(tmp_path, text, started):
     assert json.loads((tmp_path / "out/comparison.json").read_text()) == json.loads(found.to_json())
     assert found.report.read_text().startswith("<!doctype html>")
 
-    from rich.console import Console
-
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=100, file=io.StringIO())
     console.print(found.table())
-    shown = console.export_text()
-    console.file.close()
+    shown = console.file.getvalue()
     assert "* linear_attention" in shown
     assert "retention, seed 1: The loss at step 7 is nan." in shown
 
@@ -171,6 +170,21 @@ def test_an_error_that_every_trial_would_meet_ends_the_comparison(tmp_path, text
     with pytest.raises(DataError, match="The data is unusable"):
         compare(text, "linear_attention; s4d; mamba2", out=tmp_path / "out", **SMALL)
     assert "train mamba2 0" not in started()
+
+
+def test_interrupting_leaves_the_trial_for_the_next_command(tmp_path, text, started, monkeypatch):
+    def interrupt(self, activity):
+        if "measuring" in activity:
+            raise KeyboardInterrupt
+
+    names = "linear_attention; mamba2"
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Progress, "show", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compare(text, names, out=tmp_path / "out", **SMALL)
+    found = compare(text, names, out=tmp_path / "out", **SMALL)
+    assert {record["state"] for record in found.records} == {"complete"}
+    assert started()["train linear_attention 0"] == 1  # its result was there already
 
 
 def test_the_folder_of_somebody_else_is_left_alone(tmp_path, text, started):
@@ -288,6 +302,10 @@ def test_a_stage_ends_with_its_parent():
         assert child.stdout.readline() == b"up\n"
         child.stdin.close()
         assert child.wait(timeout=60) == 1
+
+
+def test_a_full_disk_in_a_trial_is_told_apart():
+    assert trial._explain(OSError(28, "No space left on device"))["kind"] == "OutputError"
 
 
 def test_out_of_memory_is_told_apart():

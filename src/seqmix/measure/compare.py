@@ -41,11 +41,8 @@ STUDY = "study.sqlite3"
 MARK = ".seqmix-compare"
 POLL = 1.0  # seconds between looks at what another process does
 ACTIVITY = {"train": "training", "serve": "measuring"}
-NOT_THE_CANDIDATE = (
-    "DataError",
-    "MissingExtra",
-    "OutputError",
-)  # errors that every trial would meet
+# Errors that every trial would meet, so that they end the comparison.
+NOT_THE_CANDIDATE = {kind.__name__: kind for kind in (DataError, MissingExtra, OutputError)}
 
 
 @dataclass(frozen=True)
@@ -279,7 +276,7 @@ class _Work:
         except TrialFailed as failure:
             if failure.kind in NOT_THE_CANDIDATE:
                 claim.release()
-                raise DataError(failure.reason) from failure
+                raise NOT_THE_CANDIDATE[failure.kind](failure.reason) from failure
             claim.fail(failure.to_dict())
         except BaseException:  # Ctrl-C, a full disk: the trial is left for the next command
             claim.release()

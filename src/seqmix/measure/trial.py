@@ -7,6 +7,7 @@ memory and speed. A process that ends without a result ends only its own trial.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ from seqmix.measure.memory import PeakMemory
 STAGES = ("train", "serve")
 WEIGHTS = "weights.safetensors"
 JOB = "trial.json"
+PATIENCE = 15.0  # seconds that an interrupted stage has to save what it did
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass
@@ -96,10 +99,19 @@ def _run_process(stage: str, folder: Path, watch: Callable[[str], None], poll: f
                     continue
         finally:
             if child.poll() is None:
-                child.kill()
-                child.wait()
+                _stop(child)
             if child.stdin is not None:
                 child.stdin.close()
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C first, so that training saves a checkpoint; then the hard way."""
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _death(stage: str, code: int, log: Path) -> TrialFailed:
@@ -180,6 +192,8 @@ def _explain(error: BaseException) -> dict[str, Any]:
             "kind": "MemoryError",
             "reason": f"out of memory ({first}). Use a smaller width, batch or context.",
         }
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        kind = "OutputError"
     step = getattr(error, "step", None) if isinstance(error, NumericalError) else None
     reason = text if isinstance(error, SeqmixError) else f"{kind}: {text}"
     return {"kind": kind, "reason": reason, "step": step}
