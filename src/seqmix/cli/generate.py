@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -25,11 +26,20 @@ def run(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Continue a prompt.
+    """Continue a prompt; the text appears as it is written.
 
     Example: `seqmix generate runs/hybrid --prompt "To be" --temperature 0.8`
     """
     from seqmix.generate import generate
+
+    stdout = sys.stdout
+    written = ""
+
+    def show(piece: str) -> None:
+        nonlocal written
+        stdout.write(piece if written else prompt + piece)
+        stdout.flush()
+        written += piece
 
     with work(resume="Nothing is kept of a generation: the same command starts again."):
         text = generate(
@@ -41,8 +51,9 @@ def run(
             top_p=top_p,
             beams=beams,
             seed=seed,
+            stream=None if json or beams > 1 else show,
         )
     if json:
         print_json({"model": model, "prompt": prompt, "text": text})
     else:
-        print_text(text)
+        print_text("" if written else text)
