@@ -9,8 +9,8 @@ from seqmix.core.errors import CheckpointError, DataError, RangeError
 from seqmix.data.text import Corpus
 from seqmix.generate import generate
 from seqmix.models.backbone import ModelSpec
+from seqmix.models.pretrained import quiet
 from seqmix.train.language import prepare
-from seqmix.train.loop import quiet
 
 SPEC = ModelSpec(layout="gated_linear_attention, attention", width=32, heads=2)
 PROMPT = "To be, or not"

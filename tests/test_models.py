@@ -41,7 +41,7 @@ def product(names, chosen):
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    from seqmix.train.loop import quiet
+    from seqmix.models.pretrained import quiet
 
     with quiet():
         yield

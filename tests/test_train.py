@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -117,6 +118,21 @@ train({SPEC!r}, {CORPUS!r}, out={str(tmp_path)!r}, save_every=4, **{SETTINGS!r})
         with pytest.raises(OutputError, match="Choose another folder"):
             train(SPEC, CORPUS, out=tmp_path, **SETTINGS)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+    def test_full_disk(self, tmp_path, monkeypatch, uninterrupted):
+        save = torch.save
+
+        def full(contents, path, *args, **kwargs):
+            if "checkpoint-8" in str(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return save(contents, path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", full)
+            with pytest.raises(OutputError, match=r"No space left.*untouched.*same command"):
+                train(SPEC, CORPUS, out=tmp_path, save_every=4, **SETTINGS)
+        resumed = train(SPEC, CORPUS, out=tmp_path, save_every=4, **SETTINGS)
+        assert curve(resumed) == curve(uninterrupted)
 
     def test_damaged_checkpoint(self, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:

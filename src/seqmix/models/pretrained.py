@@ -57,7 +57,7 @@ def load(
     transformers = extras.require("transformers", extra="train")
     importlib.import_module("seqmix.models.hf")
     source = find(model)
-    with explained(source):
+    with explained(source), quiet():
         made = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     is_folder = Path(source).is_dir()
     if is_folder and not any(Path(source).glob("tokenizer*")):
@@ -88,6 +88,19 @@ def find(model: str | Path) -> str:
             f"({', '.join(ASSETS)}) or OWNER/NAME on the hub."
         )
     return name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers shows no progress bars inside the block, for what is short in a model of ours."""
+    logging = extras.require("transformers.utils.logging", extra="train")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

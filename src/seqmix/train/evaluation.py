@@ -49,12 +49,12 @@ def evaluate(
     Raises:
         DataError, CheckpointError: for unusable data or an unusable model.
     """
+    corpus = data if isinstance(data, Corpus) else read_text(data)
     if isinstance(model, str | Path):
         model, own = load(model)
         tokenizer = tokenizer or own
     if tokenizer is None:
         raise DataError("The model comes without a tokenizer. Give one as `tokenizer`.")
-    corpus = data if isinstance(data, Corpus) else read_text(data)
     backend = backend_of(tokenizer)
     eos = end_of_text(tokenizer)
     documents = encode(backend, corpus.documents)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seqmix.core.errors import CheckpointError
+from safetensors import SafetensorError
+
+from seqmix.core.errors import CheckpointError, SeqmixError
 from seqmix.core.files import OutputError, write_text
 
 RUN, RESULT, RECORD, UNFINISHED = "run.json", "result.json", "record.json", ".unfinished"
@@ -69,6 +72,19 @@ class RunFolder:
         folder.mkdir(parents=True)
         return folder
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Explains why something cannot be saved; what was saved before stays as it is."""
+        try:
+            yield
+        except SeqmixError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError
+            raise OutputError(
+                f"Cannot save in {self.path}: {error}. The checkpoint before this one is untouched. "
+                "Free some space or make the folder writable, then run the same command again."
+            ) from error
+
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
         return max(self.checkpoints.glob("step-*"), key=_step, default=None)
@@ -87,12 +103,13 @@ class RunFolder:
 
     def finish(self, model: Any, tokenizer: Any, result: Mapping[str, Any]) -> None:
         """Writes the model, the tokeniser and the result, then removes the checkpoints."""
-        scratch = self.scratch()
-        model.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        for file in scratch.iterdir():
-            os.replace(file, self.path / file.name)
+        with self.saving():
+            scratch = self.scratch()
+            model.save_pretrained(scratch)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            for file in scratch.iterdir():
+                os.replace(file, self.path / file.name)
         write_text(self.path / RESULT, json.dumps(result) + "\n")
         shutil.rmtree(self.checkpoints)
 

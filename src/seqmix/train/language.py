@@ -18,10 +18,11 @@ from seqmix.data.text import Corpus, read_text, split_text
 from seqmix.data.tokenizer import encode, save_tokenizer, tokenizer_from
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.hf import SeqmixForCausalLM, create, load
+from seqmix.models.pretrained import quiet
 from seqmix.ops import record_forms
 from seqmix.train.evaluation import HeldOut, backend_of, end_of_text, takes_segments
 from seqmix.train.folder import RunFolder
-from seqmix.train.loop import quiet, run
+from seqmix.train.loop import run
 from seqmix.train.plan import Plan, Record
 from seqmix.train.result import Trained
 

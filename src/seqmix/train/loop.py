@@ -32,10 +32,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import logging as hf_logging
 
 from seqmix.core.errors import CheckpointError, ConfigError, NumericalError, SeqmixError
-from seqmix.core.files import OutputError
+from seqmix.models.pretrained import quiet
 from seqmix.train.folder import RECORD, RunFolder, read_json
 from seqmix.train.plan import PRECISIONS, Plan, Record, parameter_groups
 from seqmix.train.progress import ProgressBar
@@ -228,16 +227,11 @@ class _Trainer(Trainer):
         if self.folder is None:
             return
         written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with self.folder.saving():
             super()._save_checkpoint(model, trial)
             text = json.dumps(dataclasses.asdict(self.record))
             (written / RECORD).write_text(text, encoding="utf-8")
             self.folder.keep(written, self.record.steps)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise OutputError(
-                f"Cannot save a checkpoint in {self.folder.path}: {error}. The one before it is "
-                "untouched. Free some space, then run the same command again."
-            ) from error
 
 
 class _Pace(TrainerCallback):
@@ -346,15 +340,3 @@ class _Pace(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers shows no progress bars of its own: loading and saving are short here."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from seqmix.core.errors import ConfigError
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.hf import load
+from seqmix.models.pretrained import quiet
 from seqmix.ops import record_forms
 from seqmix.train.folder import RunFolder
 from seqmix.train.language import describe, finished, is_saved, new_model, to_spec
-from seqmix.train.loop import quiet, run
+from seqmix.train.loop import run
 from seqmix.train.plan import Plan, Record
 from seqmix.train.result import Trained
 
