@@ -310,7 +310,7 @@ def test_compare_hands_on_every_option(command, monkeypatch, tmp_path):
         "candidates": "mamba2; 2x[mamba2], attention",
         "out": tmp_path,
     }
-    expected |= {"equal": "parameters, tokens", "budget": "decode_ms<2@64", "preset": "quick"}
+    expected |= {"equal": "parameters, tokens", "budget": "decode_ms<2@64"}
     assert {name: given[name] for name in expected} == expected
 
 
