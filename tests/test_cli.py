@@ -280,37 +280,27 @@ def test_compare_hands_on_every_option(command, monkeypatch, tmp_path):
         return Found()
 
     monkeypatch.setattr(module, "compare", compare)
+    numbers = {"seeds": 2, "width": 32, "depth": 2, "heads": 2, "length": 64, "batch": 4}
+    numbers |= {"tokens": 100, "parameters": 5000, "learning_rate": 0.01, "contexts": [64, 128]}
     settings = {
         "candidates": ["mamba2", "2x[mamba2], attention"],
         "equal": ["parameters", "tokens"],
-    }
-    settings |= {
-        "seeds": 2,
-        "width": 32,
-        "depth": 2,
-        "heads": 2,
-        "length": 64,
-        "batch": 4,
-        "tokens": 100,
-    }
-    settings |= {
-        "parameters": 5000,
-        "learning_rate": 0.01,
-        "contexts": [64, 128],
+        "preset": "standard",
         "tokenizer": "bytes",
+        **numbers,
     }
     line = module.reproduce_command(
         "my text.txt", settings, budget="decode_ms<2@64", out=tmp_path, storage=None
     )
     words = shlex.split(line)
     assert answer(command(*words[1:], "--json")) == {"out": str(tmp_path)}
-    expected = {name: settings[name] for name in settings if name not in ("candidates", "equal")}
-    expected |= {
+    expected = settings | {
         "data": "my text.txt",
         "candidates": "mamba2; 2x[mamba2], attention",
+        "equal": "parameters, tokens",
+        "budget": "decode_ms<2@64",
         "out": tmp_path,
     }
-    expected |= {"equal": "parameters, tokens", "budget": "decode_ms<2@64"}
     assert {name: given[name] for name in expected} == expected
 
 
