@@ -3,10 +3,12 @@
 Most tests put `fake_stage.py` in the place of training; two train for real.
 """
 
+import inspect
 import io
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from seqmix.cli import compare as cli_compare
 from seqmix.core.errors import BudgetError, DataError, MissingExtra, StudyError, UnknownName
 from seqmix.core.files import OutputError
 from seqmix.measure import compare as module
@@ -109,6 +112,18 @@ def test_the_same_command_trains_nothing_twice(tmp_path, text, started):
     assert started() == before
     compare(text, names, out=out, retry_failed=True, **SMALL)
     assert started() - before == Counter({"train retention 0": 1})
+
+
+def test_the_command_of_the_report_is_the_same_comparison(tmp_path, text, started):
+    found = compare(text, "linear_attention", out=tmp_path / "out", **SMALL)
+    words = shlex.split(found.command)
+    assert words[:2] == ["seqmix", "compare"]
+    given = {k[2:].replace("-", "_"): v for k, v in zip(words[2::2], words[3::2], strict=True)}
+    assert set(given) <= set(inspect.signature(cli_compare.run).parameters)
+    numbers = {k: v for k, v in given.items() if k not in ("learning_rate", "contexts")}
+    again = {k: int(v) if v.isdecimal() else v for k, v in numbers.items()}
+    compare(**again, learning_rate=float(given["learning_rate"]), progress=False)
+    assert started()["train linear_attention 0"] == 1
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def compare(
         "equal": [size, effort],
         "parameters": parameters,
         "tokenizer": tokenizer,
+        "preset": preset,
         **chosen.to_dict(),
         "contexts": sorted({*chosen.contexts, *contexts_of(terms)}),
     }
@@ -319,6 +320,7 @@ def reproduce_command(
         "candidates": "; ".join(settings["candidates"]),
         "budget": budget,
         "equal": ", ".join(settings["equal"]),
+        "preset": settings["preset"],
         "seeds": settings["seeds"],
         "out": out,
         "storage": storage and describe_storage(storage),
