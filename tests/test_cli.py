@@ -30,12 +30,12 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind a
 
 
 @pytest.fixture
-def command(capsys):
-    """Runs a command in this process and returns its exit code, stdout and stderr."""
+def command(capfd):
+    """Runs a command in this process and returns its exit code, and all that went to stdout and stderr."""
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return run
 
@@ -180,21 +180,6 @@ def test_train_eval_generate(command, corpus, tmp_path):
     code, out, _ = command(*arguments)  # the finished run is found again, not trained again
     assert code == 0
     assert "2 steps" in out
-
-
-def test_stdout_of_a_real_process_is_one_json_object(corpus, tmp_path):
-    words = [sys.executable, "-m", "seqmix", "train", str(corpus), "--json", "--steps", "1"]
-    words += [
-        "--model",
-        "gated_linear_attention",
-        "--out",
-        str(tmp_path / "model"),
-        "--width",
-        "16",
-    ]
-    words += ["--length", "32", "--batch", "1"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["steps"] == 1
 
 
 def test_options_of_a_layout_do_not_fit_a_trained_model(command, corpus, tmp_path):
