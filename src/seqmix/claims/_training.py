@@ -17,7 +17,7 @@ import torch
 from seqmix.claims._claim import Run
 from seqmix.core.errors import RangeError
 from seqmix.models.backbone import ModelSpec
-from seqmix.tasks import Task
+from seqmix.tasks import Batch, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,20 +123,26 @@ def loss_after_training(
     return float(run.remember(f"{name or layout}, seed {seed}", measure))
 
 
-def at_random_lengths(task: Task[Any], shortest: int) -> Task[Any]:
-    """The same task, with a random length from `shortest` to its own for every training batch."""
-    if not task.shortest <= shortest <= task.config.length:
+def at_growing_lengths(task: Task[Any], shortest: int, batches: int) -> Task[Any]:
+    """The same task, with a random length for every training batch.
+
+    The longest is `shortest` at first and grows evenly to the task's own over so many batches.
+    """
+    full = task.config.length
+    if not task.shortest <= shortest <= full or batches < 1:
         raise RangeError(
-            f"at_random_lengths: shortest={shortest}, wanted {task.shortest} to {task.config.length}."
+            f"at_growing_lengths: shortest={shortest}, batches={batches}, wanted {task.shortest} to {full} "
+            "and at least 1."
         )
 
-    class AtRandomLengths(type(task)):  # type: ignore[misc]
+    class AtGrowingLengths(type(task)):  # type: ignore[misc]
         def batch(
             self, index: int, size: int, *, split: str = "train", length: int | None = None
-        ) -> Any:
+        ) -> Batch:
             if split == "train" and length is None:
+                longest = shortest + int((full - shortest) * min(1.0, index / batches))
                 random = np.random.default_rng([self.config.seed, index])
-                length = int(random.integers(shortest, self.config.length + 1))
+                length = int(random.integers(shortest, longest + 1))
             return super().batch(index, size, split=split, length=length)
 
-    return AtRandomLengths(task.config)
+    return AtGrowingLengths(task.config)
