@@ -25,6 +25,7 @@ def record(name, seed, quality, speed):
     contexts = {"512": 1.0, "8192": 2.0}
     memory = {"baseline_mb": 200.0, "peak_mb": 250.0, "memory_mb": 50.0}
     serve = {
+        "parameters": 468000,
         "decode_ms": {
             c: {k: v * factor for k, v in figure.items()} | {"predicted": 0.1 * factor}
             for c, factor in contexts.items()
@@ -143,6 +144,15 @@ def test_page_says_everything():
         assert wanted in text
     assert "nan <b>" in text
     assert "nan <b>" not in render(comparison())  # texts are escaped
+
+
+def test_page_says_when_training_was_short():
+    given = comparison()
+    assert "0.0062 tokens per parameter" in render(given)
+    for one in given["records"]:
+        if one["result"]:
+            one["result"]["training"]["history"][-1]["tokens"] = 20 * 468000
+    assert "tokens per parameter" not in render(given)
 
 
 def test_page_needs_no_network():

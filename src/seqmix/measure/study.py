@@ -122,7 +122,8 @@ class Study:
             ) from error
         except ImportError as error:
             raise StudyError(
-                f"The database at {self.where} needs a driver that is not installed: {error}."
+                f"The database at {self.where} needs a driver that is not installed ({error}). "
+                "For PostgreSQL: pip install 'seqmix[postgresql]'"
             ) from error
 
     def attribute(self, name: str, default: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from seqmix.report import page, plots
 
 Values = Mapping[str, Any]
 MORE_IS_BETTER = ("prefill_tokens_s", "train_tokens_s")
+WELL_TRAINED = 20  # tokens per parameter (Hoffmann et al. 2022, for Transformers)
 TITLES = {
     "decode_ms": "decode (ms per token)",
     "prefill_tokens_s": "prefill (tokens per second)",
@@ -87,6 +88,7 @@ def _candidates(comparison: Values, rows: Sequence[Values]) -> list[str]:
             page.paragraph("These trials failed:"),
             page.table(["candidate", "seed", "stage", "step", "reason"], failures),
         ]
+    parts += [page.paragraph(note, kind="note") for note in _training_note(comparison)]
     parts.append(
         page.paragraph(
             "Bits per byte: the validation loss; the mean over seeds ± one standard deviation where there are "
@@ -96,6 +98,19 @@ def _candidates(comparison: Values, rows: Sequence[Values]) -> list[str]:
         )
     )
     return parts
+
+
+def _training_note(comparison: Values) -> list[str]:
+    """What the quality of a short training means, where the training was short."""
+    results = [record["result"] for record in _complete(comparison)]
+    read = [result["training"]["history"][-1]["tokens"] for result in results]
+    ratios = [n / r["serve"]["parameters"] for n, r in zip(read, results, strict=True)]
+    if not ratios or max(ratios) >= WELL_TRAINED:
+        return []
+    return [
+        f"Training was short: {max(ratios):.2g} tokens per parameter at most, where {WELL_TRAINED} or more are "
+        "usual. The ranking says how fast candidates learn at first; longer training may change it."
+    ]
 
 
 def _frontier(comparison: Values, rows: Sequence[Values]) -> list[str]:
