@@ -171,6 +171,13 @@ def test_train_eval_generate(command, corpus, tmp_path):
     assert scored["bits_per_byte"] == pytest.approx(nats / math.log(2) / scored["bytes"])
     assert scored["bytes"] == len(TEXT.encode()) - 1  # all but the first, which nothing precedes
 
+    limited = answer(
+        command("eval", folder, "--data", corpus, "--length", 64, "--tokens", 640, "--json")
+    )
+    assert limited["tokens"] <= 640 < limited["text_tokens"] == scored["tokens"]
+    code, _, err = command("eval", folder, "--data", corpus, "--tokens", "most")
+    assert (code, "'most'" in err, "'all'" in err) == (2, True, True)
+
     generate = ["generate", folder, "--prompt", "The quick", "--new-tokens", 5]
     written = answer(command(*generate, "--json"))
     code, out, _ = command(*generate)

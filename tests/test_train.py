@@ -13,9 +13,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
-from seqmix.core.errors import CheckpointError, ConfigError, NumericalError
+from seqmix.core.errors import CheckpointError, ConfigError, NumericalError, RangeError
 from seqmix.core.files import OutputError
 from seqmix.data.packing import pack
 from seqmix.data.text import Corpus
@@ -131,6 +137,18 @@ train({SPEC!r}, {CORPUS!r}, out={str(tmp_path)!r}, save_every=4, **{SETTINGS!r})
             patch.setattr(torch, "save", full)
             with pytest.raises(OutputError, match=r"No space left.*untouched.*same command"):
                 train(SPEC, CORPUS, out=tmp_path, save_every=4, **SETTINGS)
+        resumed = train(SPEC, CORPUS, out=tmp_path, save_every=4, **SETTINGS)
+        assert curve(resumed) == curve(uninterrupted)
+
+    def test_full_disk_at_the_end(self, tmp_path, monkeypatch, uninterrupted):
+        def full(*args, **kwargs):
+            raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+            with pytest.raises(OutputError, match=r"No space left.*untouched.*same command"):
+                train(SPEC, CORPUS, out=tmp_path, save_every=4, **SETTINGS)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-8"]
         resumed = train(SPEC, CORPUS, out=tmp_path, save_every=4, **SETTINGS)
         assert curve(resumed) == curve(uninterrupted)
 
@@ -383,6 +401,20 @@ class TestEvaluation:
         whole = evaluate(made, CORPUS, length=5000, tokenizer=words, progress=False)
         carried = evaluate(made, CORPUS, length=length, tokenizer=words, carry=True, progress=False)
         assert carried == pytest.approx(whole, rel=1e-5)
+
+    def test_some_tokens_stand_for_the_text(self, model):
+        made, words = model
+        settings = {"tokenizer": words, "progress": False}
+        everything = evaluate(made, CORPUS, length=50, **settings)
+        assert everything["tokens"] == everything["text_tokens"]
+        some = evaluate(made, CORPUS, length=50, tokens=500, **settings)
+        assert 450 <= some["tokens"] <= 500
+        assert some["text_tokens"] == everything["tokens"]
+        assert some["loss"] == pytest.approx(everything["loss"], rel=0.02)
+        with pytest.raises(RangeError, match="tokens=0"):
+            evaluate(made, CORPUS, tokens=0, **settings)
+        with pytest.raises(ConfigError, match="carry reads the whole text"):
+            evaluate(made, CORPUS, tokens=500, carry=True, **settings)
 
     def test_foreign_model(self, model):
         _, words = model

@@ -123,6 +123,23 @@ def explained(source: str | Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def written() -> Iterator[None]:
+    """What saving a model or a tokeniser raises where the disk is full, as the `OSError` that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SeqmixError:
+        raise
+    except (RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError
+        raise OSError(str(error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # the only kind that tokenizers knows
+            raise
+        raise OSError(str(error)) from error
+
+
 def _converted(name: str) -> Path:
     """The asset as a Hugging Face folder, keyed by the hash of what it was made from."""
     asset = ASSETS[name]
@@ -162,7 +179,7 @@ def _converted(name: str) -> Path:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=asset.file)
     note = {"package": asset.package, "version": asset.version, "sha256": asset.sha256}
     try:
-        with new_folder(folder) as temporary:
+        with new_folder(folder) as temporary, written():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / "source.json").write_text(json.dumps(note) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from seqmix.core.errors import ConfigError, DataError, NumericalError
+from seqmix.core.errors import ConfigError, DataError, NumericalError, RangeError
 from seqmix.data.packing import IGNORED, pack
 from seqmix.data.text import Corpus, read_text
 from seqmix.data.tokenizer import encode, token_bytes
@@ -32,6 +32,7 @@ def evaluate(
     data: str | Path | Corpus,
     *,
     length: int = 1024,
+    tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     carry: bool = False,
     progress: bool = True,
@@ -42,13 +43,23 @@ def evaluate(
     `carry`, the state of a seqmix model goes on from window to window instead, through the whole document:
     what streaming would give, far beyond the length that the model may have been trained at.
 
+    With `tokens`, only as many windows as hold about so many tokens are scored, evenly spread over the text:
+    the estimate of a long text in less time. Every window is scored where the tokeniser is not byte-level,
+    for then the bytes of single windows are not defined.
+
     Returns:
         loss (nats per token), perplexity = exp(loss), bits_per_byte = sum of the losses / log(2) / bytes,
-        tokens (how many were scored), bytes (the UTF-8 bytes that these stand for).
+        tokens (how many were scored), bytes (the UTF-8 bytes that these stand for), text_tokens (how many
+        the text has to score).
 
     Raises:
+        ConfigError, RangeError: for a `length` or `tokens` that is out of range, or tokens with carry.
         DataError, CheckpointError: for unusable data or an unusable model.
     """
+    if tokens is not None and tokens < 1:
+        raise RangeError(f"tokens={tokens}, wanted at least 1, or None for the whole text.")
+    if tokens is not None and carry:
+        raise ConfigError("tokens: carry reads the whole text. Leave out one of the two.")
     corpus = data if isinstance(data, Corpus) else read_text(data)
     if isinstance(model, str | Path):
         model, own = load(model)
@@ -58,11 +69,12 @@ def evaluate(
     backend = backend_of(tokenizer)
     eos = end_of_text(tokenizer)
     documents = encode(backend, corpus.documents)
-    held_out = HeldOut(documents, corpus.documents, backend, length, eos)
+    held_out = HeldOut(documents, corpus.documents, backend, length, eos, limit=tokens)
+    text_tokens = held_out.packed.scored_tokens
     if carry:
         total, count = _carried(model, documents, eos, length, progress=progress)
-        return _result(total, count, held_out.bytes)
-    return held_out.evaluate(model, progress=progress)
+        return _result(total, count, held_out.bytes) | {"text_tokens": text_tokens}
+    return held_out.evaluate(model, progress=progress) | {"text_tokens": text_tokens}
 
 
 class HeldOut:

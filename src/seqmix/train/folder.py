@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from seqmix.core.errors import CheckpointError, SeqmixError
 from seqmix.core.files import OutputError, write_text
+from seqmix.models.pretrained import written
 
 RUN, RESULT, RECORD, UNFINISHED = "run.json", "result.json", "record.json", ".unfinished"
 
@@ -76,10 +75,12 @@ class RunFolder:
     def saving(self) -> Iterator[None]:
         """Explains why something cannot be saved; what was saved before stays as it is."""
         try:
-            yield
+            with written():
+                yield
         except SeqmixError:
             raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError
+        except OSError as error:
+            shutil.rmtree(self.checkpoints / UNFINISHED, ignore_errors=True)
             raise OutputError(
                 f"Cannot save in {self.path}: {error}. The checkpoint before this one is untouched. "
                 "Free some space or make the folder writable, then run the same command again."
