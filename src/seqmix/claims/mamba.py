@@ -190,7 +190,7 @@ CLAIM = Claim(
             "training": MODEL | {"width": 8, "batch": 4, "steps": 4},
         },
         "decoding": DECODING
-        | {"model": {"width": 32, "heads": 2}, "contexts": [64, 512], "repeats": 5},
+        | {"model": {"width": 32, "heads": 2}, "contexts": [64, 256], "repeats": 3},
     },
     full={
         "layouts": SIZES,
