@@ -372,3 +372,13 @@ class TestPeft:
         assert torch.equal(loaded(ids).logits, merged(ids).logits)
         changed = {n for n, p in loaded.named_parameters() if not torch.equal(p, before[n])}
         assert changed == {n for n in before if n.endswith(("query.weight", "value.weight"))}
+
+
+def test_shifted_labels_leave_out_the_same_pads_as_labels():
+    model, ids = build("gated_linear_attention"), draw(2, 7)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = mask[0, 4] = mask[1, 5:] = 0
+    ids = ids.masked_fill(mask == 0, laws.PAD)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    loss = model(ids, attention_mask=mask, labels=ids).loss
+    torch.testing.assert_close(model(ids, attention_mask=mask, shift_labels=shifted).loss, loss)

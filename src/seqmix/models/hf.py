@@ -359,7 +359,9 @@ def _scored(
     """Labels without those of pads and of tokens that no token of their own text comes before."""
     if mask is not None:
         if shift_labels is not None:
-            shift_labels = shift_labels.masked_fill(~mask, IGNORED)
+            # Beyond the last column nothing is known: its label may be a token of the next piece.
+            scored = mask & F.pad(mask[:, 1:], (0, 1), value=True)
+            shift_labels = shift_labels.masked_fill(~scored, IGNORED)
         if labels is not None:
             follows = mask & F.pad(mask[:, :-1], (1, 0))
             labels = labels.masked_fill(~follows, IGNORED)
