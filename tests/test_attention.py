@@ -76,6 +76,15 @@ def test_a_window_of_one_reads_only_itself():
     torch.testing.assert_close(attention(q, k, v, window=1, causal=False), v)
 
 
+@pytest.mark.parametrize("form", [None, "blocked"])
+def test_a_window_hides_keys_from_queries_that_outnumber_them(form):
+    q, k, v = normal(1, 6, 2, 8), normal(1, 2, 2, 8), normal(1, 2, 2, 8)
+    options = {"causal": False, "window": 3}
+    exact = attention(q, k, v, **options, form="definition")
+    torch.testing.assert_close(attention(q, k, v, **options, form=form), exact)
+    assert not exact[:, 0].any()  # query 0 stands four places before key 0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

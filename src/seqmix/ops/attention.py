@@ -293,7 +293,7 @@ def _why_not_sdpa(
     length, total = q.shape[1], k.shape[1]
     if logits is not None:
         return "learned sinks need a denominator that scaled_dot_product_attention does not show"
-    if rule.window is not None and rule.window < total:
+    if rule.window is not None and rule.window < max(length, total):
         return f"a window of {rule.window} would take a mask of {length} x {total}"
     if rule.causal and length not in (1, total):
         return (
