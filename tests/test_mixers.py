@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqmix.channels import CHANNELS
+from seqmix.core.errors import SeqmixError
 from seqmix.core.state import Growing, State, map_state
 from seqmix.mixers import MIXERS
 from seqmix.mixers.gated_linear_attention import Config, GatedLinearAttention
@@ -41,6 +42,14 @@ def test_mixer(law: Law, subject: Any) -> None:
 @pytest.mark.parametrize(("law", "subject"), product(CHANNELS, CHANNEL_LAWS))
 def test_channel(law: Law, subject: Any) -> None:
     law(subject)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [0, 7, 5], [1, 5], [5]], ids=str)
+@pytest.mark.parametrize("name", [name for name in MIXERS if MIXERS.get(name).causal])
+def test_boundaries_that_do_not_fit_are_refused(name: str, bounds: list[int]) -> None:
+    subject, *_ = subjects(MIXERS.get(name))
+    with pytest.raises(SeqmixError, match="cu_seqlens"):
+        subject.build()(subject.tokens(5, batch=1), cu_seqlens=torch.tensor(bounds))
 
 
 @pytest.mark.parametrize("catalog", [MIXERS, CHANNELS], ids=["mixers", "channels"])
@@ -130,6 +139,12 @@ class MiscountsItsState(Sound):
         return super().state_bytes(length) // 2
 
 
+class KeepsItsTextInMemory(Sound):
+    def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State]:
+        y, after = super().forward(x, state, **options)
+        return y, {**after, "unused": x.repeat(1, 2, 1)[:, :1]}
+
+
 class KeepsWeightsOutOfTheStateDict(Sound):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -162,6 +177,7 @@ MUTANTS = [
     (HasAnIdleField, laws.every_field_has_an_effect),
     (ExplodesAtFirst, laws.output_scale_is_moderate),
     (MiscountsItsState, laws.state_bytes_are_as_declared),
+    (KeepsItsTextInMemory, laws.a_state_keeps_nothing_else_in_memory),
     (KeepsWeightsOutOfTheStateDict, laws.configuration_and_weights_round_trip),
     (KeepsWeightsOutOfTheStateDict, laws.builds_on_the_meta_device),
     (KeepsItsStateInHalfPrecision, laws.splitting_anywhere_changes_nothing),

@@ -27,12 +27,15 @@ class _Storage:
 
     def __init__(self, data: Tensor | Callable[[], Tensor]) -> None:
         self._data = data
+        self._with_gradients = torch.is_grad_enabled()
         self.stamp = 0
 
     @property
     def data(self) -> Tensor:
         if not isinstance(self._data, Tensor):
-            self._data = self._data()
+            # Looked at first without gradients, it must still be what it would have been when it was due.
+            with torch.inference_mode(False), torch.set_grad_enabled(self._with_gradients):
+                self._data = self._data()
         return self._data
 
 
@@ -67,10 +70,9 @@ class Growing:
 
     def append(self, new: Tensor) -> Growing:
         """This tensor followed by `new [B, T, ...]`."""
-        if torch.is_grad_enabled() and (new.requires_grad or self._storage.data.requires_grad):
-            return Growing(
-                torch.cat([self.tensor, new], dim=1)
-            )  # autograd wants no in-place writes
+        # Autograd wants no in-place writes: a query with a gradient keeps the keys, even if they have none.
+        if torch.is_grad_enabled():
+            return Growing(torch.cat([self.tensor, new], dim=1))
         storage, length = self._storage, self._length + new.shape[1]
         frozen = storage.data.is_inference() and not torch.is_inference_mode_enabled()
         if storage.stamp != self._stamp or length > storage.data.shape[1] or frozen:

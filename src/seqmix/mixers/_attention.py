@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
@@ -23,6 +22,7 @@ from seqmix.layers.norm import RMSNorm
 from seqmix.layers.positions import rotate
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
+from seqmix.ops._operator import Packing
 from seqmix.ops.attention import attention
 
 INTEGER_BYTES = 8
@@ -100,7 +100,7 @@ class AttentionMixer(Mixer):
         length = x.shape[1]
         positions = torch.arange(length, device=x.device)
         if cu_seqlens is not None:
-            positions = Ragged(cu_seqlens).place.unsqueeze(0)
+            positions = Ragged.of(x, cu_seqlens).place.unsqueeze(0)
         q, k, v = self._project(x, positions)
         return {"q": q, "k": k, "v": v, **self._visibility()}, None
 
@@ -114,7 +114,7 @@ class AttentionMixer(Mixer):
         elif cu_seqlens is None:
             o, after = self._continue(x, state)
         else:
-            o, after = self._continue_ragged(x, state, Ragged(cu_seqlens))
+            o, after = self._continue_ragged(x, state, Ragged.of(x, cu_seqlens))
         return self.output(o.flatten(-2)), after
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ class AttentionMixer(Mixer):
         if cu_seqlens is None:
             seen = torch.full((k.shape[0],), k.shape[1], dtype=torch.long, device=k.device)
             return self._state(k, v, torch.zeros_like(seen), seen)
-        texts = Ragged(cu_seqlens)
+        texts = Ragged.of(k, cu_seqlens)
         lengths = texts.lengths
         if self.config.kept is None:
             keys = Growing.deferred(partial(texts.unpack, k), texts.longest)
@@ -146,7 +146,7 @@ class AttentionMixer(Mixer):
         to_the_end = lengths.index_select(0, texts.text) - texts.place
         kept = (texts.place < self.config.sinks) | (to_the_end < self.config.window)
         count = torch.bincount(texts.text[kept], minlength=len(lengths))
-        texts = Ragged(F.pad(count.cumsum(0), [1, 0]))
+        texts = Ragged(count)
         k, v = (texts.unpack(x[:, kept]) for x in (k, v))
         return self._state(k, v, texts.longest - count, lengths)
 
@@ -168,7 +168,7 @@ class AttentionMixer(Mixer):
         sinks = self.config.sinks
         recent = x[:, forgotten + sinks :]
         if sinks == 0:
-            return recent
+            return recent.clone()  # a view would keep what is forgotten in memory
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
         return torch.cat(
             [x[rows, torch.arange(sinks, device=x.device) + shift.unsqueeze(-1)], recent], dim=1
@@ -258,14 +258,19 @@ class AttentionMixer(Mixer):
 class Ragged:
     """Texts packed in one row [1, total], as rows [N, longest] aligned to the right, and back."""
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        bounds = cu_seqlens.long()
-        self.lengths = bounds.diff()
-        self.longest = int(self.lengths.max())
-        self.text = torch.repeat_interleave(self.lengths)  # [total]: which text
-        total = torch.arange(len(self.text), device=bounds.device)
-        self.place = total - bounds[:-1].index_select(0, self.text)  # [total]: where in the text
-        self.column = self.place + (self.longest - self.lengths).index_select(0, self.text)
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+        self.longest = int(lengths.max())
+        self.text = torch.repeat_interleave(lengths)  # [total]: which text
+        total = torch.arange(len(self.text), device=lengths.device)
+        start = lengths.cumsum(0) - lengths
+        self.place = total - start.index_select(0, self.text)  # [total]: where in the text
+        self.column = self.place + (self.longest - lengths).index_select(0, self.text)
+
+    @classmethod
+    def of(cls, x: Tensor, cu_seqlens: Tensor) -> Ragged:
+        """The texts of x [1, total, ...] between these boundaries, which are checked."""
+        return cls(Packing("attention", cu_seqlens, x).lengths)
 
     def unpack(self, x: Tensor) -> Tensor:
         """`[1, total, ...]` to `[N, longest, ...]`, zeros before the beginning of each text."""

@@ -125,6 +125,16 @@ class Hyena(Mixer):
         new, gate, before = self._gated(x, state, cu_seqlens)
         packing = None if cu_seqlens is None else Packing("hyena", cu_seqlens, x)
         (signal,) = widen(new)
+        if (
+            packing and state is None
+        ):  # nothing stands before the texts: no text needs another's length
+            with full_precision(x):
+                kernel, (D,) = self.kernel(packing.longest), widen(self.D)
+                y = long_convolution(signal, kernel, D, cu_seqlens=cu_seqlens)
+            past = Growing.deferred(
+                lambda: _end_together(packing.unpack(signal), packing.lengths), packing.longest
+            )
+            return self.output(y.to(x.dtype) * gate), {**before, "signal": past}
         signal = packing.unpack(signal) if packing else signal
         rows, length = signal.shape[:2]
         past = self.initial_state(rows, x)["signal"] if state is None else state["signal"]

@@ -24,6 +24,7 @@ from seqmix.core.state import State
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
+from seqmix.ops._operator import Packing, in_rows
 from seqmix.ops.linear_attention import linear_attention
 
 
@@ -102,12 +103,9 @@ class Retention(Mixer):
         """The state [B, H, K, V], seen from the last token instead of from the one before the first."""
         if not self.config.rotary:
             return recurrent
-        if cu_seqlens is None:
-            lengths = torch.full((1,), x.shape[1], device=x.device)
-        else:
-            lengths = cu_seqlens.to(x.device).diff()
+        lengths = in_rows("retention", cu_seqlens, x).lengths
         angles = turning_angles(self.config.head_width, x.device)
-        angles = lengths[:, None, None, None] * angles  # [B or 1, 1, 1, K/2]
+        angles = lengths[:, None, None, None] * angles  # [B, 1, 1, K/2]
         return turn(recurrent.transpose(-1, -2), -angles).transpose(-1, -2)
 
     def operator_case(self, tokens: int, context: int) -> Case:
@@ -126,8 +124,8 @@ def places(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     place = torch.arange(1, x.shape[1] + 1, device=x.device)
     if cu_seqlens is None:
         return place
-    starts = cu_seqlens.to(x.device, torch.long)
-    return place - starts[:-1].repeat_interleave(starts.diff())
+    lengths = Packing("retention", cu_seqlens, x).lengths
+    return place - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:

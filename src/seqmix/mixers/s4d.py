@@ -26,7 +26,7 @@ from seqmix.core.state import State
 from seqmix.layers.precision import full_precision
 from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
 from seqmix.ops import Case
-from seqmix.ops._operator import Packing
+from seqmix.ops._operator import in_rows
 from seqmix.ops.long_convolution import long_convolution
 
 INITIAL = ("lin", "inv", "legs")
@@ -99,27 +99,28 @@ class S4D(Mixer):
         self, x: Tensor, state: State, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """s [B, T, D] and the complex state [B, D, N/2] after x, in full precision."""
-        packing = None if cu_seqlens is None else Packing("s4d", cu_seqlens, x)
+        texts = in_rows("s4d", cu_seqlens, x)
         rate, write, C = self._system()
-        u = x.to(write.real.dtype)
-        u = packing.unpack(u) if packing else u
-        rows, length = u.shape[:2]
-        lengths = packing.lengths if packing else torch.tensor([length], device=x.device)
-        before = self.initial_state(rows, x) if state is None else state
-        h = torch.view_as_complex(before["recurrent"].to(u.dtype).contiguous())
+        before = self.initial_state(texts.num_texts, x) if state is None else state
+        h = torch.view_as_complex(before["recurrent"].to(write.real.dtype).contiguous())
         (D,) = widen(self.D)
-        if length == 1 and not packing:  # the recurrence itself, without kernel or transform
-            h = rate.exp() * h + write * u.transpose(1, 2)
-            return 2 * (C * h).real.sum(-1).unsqueeze(1) + D * u, h
 
-        outer, inner = powers(rate, length)
-        kernel = read(C * write, outer, inner)[:, :length]
-        y = long_convolution(u, kernel, D)
-        if state is not None:
-            y = y + read(C * rate.exp() * h, outer, inner)[..., :length].transpose(1, 2)
-        decay = power(rate, lengths).movedim(-1, 0)
-        h = decay * h + write * write_down(last_first(u, lengths), outer, inner)
-        return packing.pack(y) if packing else y, h
+        def compute(u: Tensor, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, State]:
+            (h, lengths), length = rows, u.shape[1]
+            if length == 1:  # the recurrence itself, without kernel or transform
+                h = rate.exp() * h + write * u.transpose(1, 2)
+                return 2 * (C * h).real.sum(-1).unsqueeze(1) + D * u, (h, lengths)
+            outer, inner = powers(rate, length)
+            kernel = read(C * write, outer, inner)[:, :length]
+            y = long_convolution(u, kernel, D)
+            if state is not None:
+                y = y + read(C * rate.exp() * h, outer, inner)[..., :length].transpose(1, 2)
+            decay = power(rate, lengths).movedim(-1, 0)
+            h = decay * h + write * write_down(last_first(u, lengths), outer, inner)
+            return y, (h, lengths)
+
+        y, (h, _) = texts.run(compute, (x.to(write.real.dtype),), (h, texts.lengths))
+        return y, h
 
     def operator_case(self, tokens: int, context: int) -> Case:
         return Case("mixer", {"B": 1, "T": tokens, "E": self.config.width, "L": tokens})

@@ -10,6 +10,7 @@ Axes: B batch, T time, H heads, K key width, V value width; M chunks, C rows (to
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ from seqmix.ops._operator import (
     Case,
     Form,
     Operator,
-    Packing,
     check_not_positive,
     check_tensors,
+    in_rows,
 )
 
 CHUNK = 64
@@ -95,24 +96,18 @@ def delta_rule(
     sizes = check_tensors("delta_rule", AXES, tensors, steps=steps)
     check_not_positive("delta_rule", "g", g)
     _check_beta(beta)
-    packing = None if cu_seqlens is None else Packing("delta_rule", cu_seqlens, q)
-    rows = packing.num_texts if packing else sizes["B"]
-    bound = {"R": rows, "H": sizes["H"], "K": sizes["K"], "V": sizes["V"]}
+    texts = in_rows("delta_rule", cu_seqlens, q)
+    bound = {"R": texts.num_texts, "H": sizes["H"], "K": sizes["K"], "V": sizes["V"]}
     check_tensors("delta_rule", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = v.dtype
     q, k, v, beta, g, state = widen(q, k, v, beta, g, initial_state)
     if qk_l2norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt() for x in (q, k))
-    if packing:
-        q, g = (packing.unpack(x) for x in (q, g))
-        k, v, beta = (packing.unpack(x, times=steps) for x in (k, v, beta))
     if state is None:
-        state = v.new_zeros(rows, sizes["H"], sizes["K"], sizes["V"])
+        state = v.new_zeros(texts.num_texts, sizes["H"], sizes["K"], sizes["V"])
     factor = sizes["K"] ** -0.5 if scale is None else scale
-    o, state = OPERATOR.run(form, q * factor, k, v, beta, g, state)
-    if packing:
-        o = packing.pack(o)
+    o, state = texts.run(partial(OPERATOR.run, form), (q * factor, k, v, beta, g), state)
     return o.to(dtype), state if output_final_state else None
 
 

@@ -7,6 +7,7 @@ Axes: B batch, T time, D channels; M chunks, C places in a chunk.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from seqmix.ops._operator import (
     Case,
     Form,
     Operator,
-    Packing,
     check_not_positive,
     check_tensors,
+    in_rows,
 )
 
 CHUNK = 32
@@ -61,20 +62,15 @@ def diagonal_scan(
     """
     sizes = check_tensors("diagonal_scan", AXES, {"x": x, "a": a})
     check_not_positive("diagonal_scan", "a", a)
-    packing = None if cu_seqlens is None else Packing("diagonal_scan", cu_seqlens, x)
-    rows = packing.num_texts if packing else sizes["B"]
-    bound = {"R": rows, "D": sizes["D"]}
+    texts = in_rows("diagonal_scan", cu_seqlens, x)
+    bound = {"R": texts.num_texts, "D": sizes["D"]}
     check_tensors("diagonal_scan", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = x.dtype
     x, a, state = widen(x, a, initial_state)
-    if packing:
-        x, a = packing.unpack(x), packing.unpack(a)
     if state is None:
-        state = x.new_zeros(rows, sizes["D"])
-    h, state = OPERATOR.run(form, x, a, state)
-    if packing:
-        h = packing.pack(h)
+        state = x.new_zeros(texts.num_texts, sizes["D"])
+    h, state = texts.run(partial(OPERATOR.run, form), (x, a), state)
     return h.to(dtype), state if output_final_state else None
 
 
@@ -94,7 +90,7 @@ def chunked(x: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     second pass the states within. Only decays are multiplied, so nothing overflows.
     """
     h = _Scan.apply(x, a.exp(), state)
-    return h, h[:, -1]
+    return h, h[:, -1].clone()  # a view would keep all of h for as long as the state
 
 
 class _Scan(torch.autograd.Function):

@@ -10,6 +10,7 @@ Axes: B batch, T time, H heads, K key width, V value width; M chunks, C places i
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from seqmix.ops._operator import (
     Case,
     Form,
     Operator,
-    Packing,
     check_not_positive,
     check_tensors,
+    in_rows,
 )
 
 CHUNK = 64
@@ -82,21 +83,16 @@ def generalized_delta_rule(
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
     sizes = check_tensors("generalized_delta_rule", AXES, tensors)
     check_not_positive("generalized_delta_rule", "g", g)
-    packing = None if cu_seqlens is None else Packing("generalized_delta_rule", cu_seqlens, q)
-    rows = packing.num_texts if packing else sizes["B"]
-    bound = {"R": rows, "H": sizes["H"], "K": sizes["K"], "V": sizes["V"]}
+    texts = in_rows("generalized_delta_rule", cu_seqlens, q)
+    bound = {"R": texts.num_texts, "H": sizes["H"], "K": sizes["K"], "V": sizes["V"]}
     check_tensors("generalized_delta_rule", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = v.dtype
     q, k, v, a, b, g, state = widen(q, k, v, a, b, g, initial_state)
-    if packing:
-        q, k, v, a, b, g = (packing.unpack(x) for x in (q, k, v, a, b, g))
     if state is None:
-        state = v.new_zeros(rows, sizes["H"], sizes["K"], sizes["V"])
+        state = v.new_zeros(texts.num_texts, sizes["H"], sizes["K"], sizes["V"])
     factor = sizes["K"] ** -0.5 if scale is None else scale
-    o, state = OPERATOR.run(form, q * factor, k, v, a, b, g, state)
-    if packing:
-        o = packing.pack(o)
+    o, state = texts.run(partial(OPERATOR.run, form), (q * factor, k, v, a, b, g), state)
     return o.to(dtype), state if output_final_state else None
 
 

@@ -9,6 +9,7 @@ Axes: B batch, T time, H heads, K key width, V value width; M chunks, C places i
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from seqmix.ops._operator import (
     Case,
     Form,
     Operator,
-    Packing,
     check_not_positive,
     check_tensors,
+    in_rows,
 )
 
 CHUNK = 64
@@ -84,26 +85,22 @@ def linear_attention(
     tensors = {"q": q, "k": k, "v": v, "g": g}
     sizes = check_tensors("linear_attention", AXES, tensors)
     check_not_positive("linear_attention", "g", g)
-    packing = None if cu_seqlens is None else Packing("linear_attention", cu_seqlens, q)
-    rows = packing.num_texts if packing else sizes["B"]
+    texts = in_rows("linear_attention", cu_seqlens, q)
     columns = sizes["V"] + normalize
-    bound = {"R": rows, "H": sizes["H"], "K": sizes["K"], "V": columns}
+    bound = {"R": texts.num_texts, "H": sizes["H"], "K": sizes["K"], "V": columns}
     check_tensors("linear_attention", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = v.dtype
     q, k, v, g, state = widen(q, k, v, g, initial_state)
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    if packing:
-        q, k, v, g = (packing.unpack(x) for x in (q, k, v, g))
     if state is None:
-        state = v.new_zeros(rows, sizes["H"], sizes["K"], columns)
+        state = v.new_zeros(texts.num_texts, sizes["H"], sizes["K"], columns)
     factor = sizes["K"] ** -0.5 if scale is None else scale
-    o, state = OPERATOR.run(form, q * (1.0 if normalize else factor), k, v, g, state)
+    q = q if normalize else q * factor
+    o, state = texts.run(partial(OPERATOR.run, form), (q, k, v, g), state)
     if normalize:
         o = o[..., :-1] / (o[..., -1:] + EPSILON)
-    if packing:
-        o = packing.pack(o)
     return o.to(dtype), state if output_final_state else None
 
 

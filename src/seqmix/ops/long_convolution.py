@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
-from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows
 
 LONGEST_DIRECT = 32  # up to here a product per tap beats the transforms, on a CPU and in training
 AXES = {"u": "B T E", "kernel": "E L", "D": "E"}
@@ -49,14 +49,15 @@ def long_convolution(
     Source: Gu et al. 2021 (S4), section 2.4; Poli et al. 2023 (Hyena), section 2.
     """
     check_tensors("long_convolution", AXES, {"u": u, "kernel": kernel, "D": D})
-    packing = None if cu_seqlens is None else Packing("long_convolution", cu_seqlens, u)
+    texts = in_rows("long_convolution", cu_seqlens, u)
 
     dtype = u.dtype
     u, kernel, D = widen(u, kernel, D)
-    texts = packing.unpack(u) if packing else u
-    y: Tensor = OPERATOR.run(form, texts, kernel[:, : texts.shape[1]])
-    if packing:
-        y = packing.pack(y)
+
+    def compute(u: Tensor, state: None) -> tuple[Tensor, None]:
+        return OPERATOR.run(form, u, kernel[:, : u.shape[1]]), None
+
+    y, _ = texts.run(compute, (u,))
     if D is not None:
         y = y + D * u
     return y.to(dtype)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
 from seqmix.ops._chunks import run_recurrence
-from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows
 from seqmix.ops._step_size import check_decay_rate, step_size
 
 CHUNK = 32
@@ -85,9 +85,8 @@ def selective_scan(
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
     sizes = check_tensors("selective_scan", AXES, {**tensors, "delta_bias": delta_bias})
     check_decay_rate("selective_scan", "A", A)
-    packing = None if cu_seqlens is None else Packing("selective_scan", cu_seqlens, u)
-    rows = packing.num_texts if packing else sizes["B"]
-    bound = {"R": rows, "E": sizes["E"], "N": sizes["N"]}
+    texts = in_rows("selective_scan", cu_seqlens, u)
+    bound = {"R": texts.num_texts, "E": sizes["E"], "N": sizes["N"]}
     check_tensors("selective_scan", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = u.dtype
@@ -96,13 +95,13 @@ def selective_scan(
     )
     delta = step_size("selective_scan", "delta", delta, delta_bias, softplus=delta_softplus)
     if state is None:
-        state = u.new_zeros(rows, sizes["E"], sizes["N"])
-    texts = u
-    if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
-        texts, delta, B, C = (packing.unpack(x) for x in (u, delta, B, C))
-    y, state = OPERATOR.run(form, texts, delta, A, B, C, state, negative=negative_eigenvalues)
-    if packing:
-        y = packing.pack(y)
+        state = u.new_zeros(texts.num_texts, sizes["E"], sizes["N"])
+
+    def compute(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Any:
+        return OPERATOR.run(form, u, delta, A, B, C, state, negative=negative_eigenvalues)
+
+    # After the softplus, so that padding has a step of 0 and leaves the state alone.
+    y, state = texts.run(compute, (u, delta, B, C), state)
     if D is not None:
         y = y + D * u
     if z is not None:

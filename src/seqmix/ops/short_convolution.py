@@ -9,6 +9,7 @@ Axes: B batch, T time, D channels, W window; J = W-1 places of history.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.numerics import widen
-from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors, in_rows
 
 AXES = {"x": "B T D", "weight": "D W", "bias": "D", "initial_state": "R J D"}
 ACTIVATIONS = (None, "silu")
@@ -69,32 +70,47 @@ def short_convolution(
             f"short_convolution: `activation` is {activation!r}, wanted None or 'silu'. "
             "Apply another function to the output."
         )
-    packing = None if cu_seqlens is None else Packing("short_convolution", cu_seqlens, x)
-    rows = packing.num_texts if packing else sizes["B"]
-    bound = {"R": rows, "J": window - 1, "D": sizes["D"]}
+    texts = in_rows("short_convolution", cu_seqlens, x)
+    bound = {"R": texts.num_texts, "J": window - 1, "D": sizes["D"]}
     check_tensors("short_convolution", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = x.dtype
     x, weight, bias, history = widen(x, weight, bias, initial_state)
-    if packing:
-        x = packing.unpack(x)
     if history is None:
-        history = x.new_zeros(rows, window - 1, sizes["D"])
-    extended = torch.cat([history, x], dim=1)  # [B, J + T, D]
-    y = OPERATOR.run(form, extended, weight)
-    if packing:
-        y = packing.pack(y)
+        history = x.new_zeros(texts.num_texts, window - 1, sizes["D"])
+    if isinstance(texts, Packing):
+        y, history = _in_one_row(x, history, texts, lambda row: OPERATOR.run(form, row, weight))
+    else:
+        extended = torch.cat([history, x], dim=1)  # [B, J + T, D]
+        y = OPERATOR.run(form, extended, weight)
+        # A copy, since a view would keep the whole text in memory for as long as the state.
+        history = extended[:, sizes["T"] :].clone() if output_final_state else history
     if bias is not None:
         y = y + bias
     if activation == "silu":
         y = F.silu(y)
-    if not output_final_state:
-        return y.to(dtype), None
-    if not packing:
-        return y.to(dtype), extended[:, extended.shape[1] - (window - 1) :]
-    # Text n of length L ends at place J + L of its row: its history is the J places before that.
-    places = packing.lengths[:, None] + torch.arange(window - 1, device=x.device)
-    return y.to(dtype), extended[torch.arange(rows, device=x.device)[:, None], places]
+    return y.to(dtype), history if output_final_state else None
+
+
+def _in_one_row(
+    x: Tensor, history: Tensor, texts: Packing, convolve: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Packed texts [1, total, D], each behind its own history, need no padding.
+
+    Text n then begins n * J places later than in x, and its history stands right before it. What is computed
+    across a border falls on the places of histories, and is dropped.
+    """
+    num, reach, width = history.shape
+    shift = reach * torch.arange(num, device=x.device)
+    end = texts.lengths.cumsum(0)
+    tokens = torch.arange(x.shape[1], device=x.device) + shift.repeat_interleave(texts.lengths)
+    before = torch.arange(reach, device=x.device) + (end - texts.lengths + shift).unsqueeze(-1)
+    row = x.new_zeros(x.shape[1] + num * reach, width)
+    row = row.index_copy(0, before.flatten(), history.flatten(0, 1))
+    row = row.index_copy(0, tokens + reach, x[0])
+    y = convolve(row.unsqueeze(0)).index_select(1, tokens)
+    last = before + texts.lengths.unsqueeze(-1)
+    return y, row.index_select(0, last.flatten()).view(num, reach, width)
 
 
 def definition(extended: Tensor, weight: Tensor) -> Tensor:

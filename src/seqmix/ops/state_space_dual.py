@@ -20,7 +20,7 @@ from seqmix.core.cost import Cost
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import widen
 from seqmix.ops._chunks import decay_matrix, from_chunks, into_chunks, running_total
-from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors
+from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows
 from seqmix.ops._step_size import check_decay_rate, step_size
 
 CHUNK = 32
@@ -86,22 +86,21 @@ def state_space_dual(
             "divisor of the number of heads. Choose a number of groups that divides it."
         )
     check_decay_rate("state_space_dual", "A", A)
-    packing = None if cu_seqlens is None else Packing("state_space_dual", cu_seqlens, x)
-    rows = packing.num_texts if packing else sizes["B"]
-    bound = {"R": rows, "H": sizes["H"], "N": sizes["N"], "P": sizes["P"]}
+    texts = in_rows("state_space_dual", cu_seqlens, x)
+    bound = {"R": texts.num_texts, "H": sizes["H"], "N": sizes["N"], "P": sizes["P"]}
     check_tensors("state_space_dual", AXES, {"initial_state": initial_state}, **bound)
 
     dtype = x.dtype
     x, dt, A, B, C, D, dt_bias, state = widen(x, dt, A, B, C, D, dt_bias, initial_state)
     dt = step_size("state_space_dual", "dt", dt, dt_bias, softplus=dt_softplus)
     if state is None:
-        state = x.new_zeros(rows, sizes["H"], sizes["N"], sizes["P"])
-    texts = x
-    if packing:  # after the softplus, so that padding has a step of 0 and leaves the state alone
-        texts, dt, B, C = (packing.unpack(tensor) for tensor in (x, dt, B, C))
-    y, state = OPERATOR.run(form, texts, dt, A, B, C, state, negative=negative_eigenvalues)
-    if packing:
-        y = packing.pack(y)
+        state = x.new_zeros(texts.num_texts, sizes["H"], sizes["N"], sizes["P"])
+
+    def compute(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Any:
+        return OPERATOR.run(form, x, dt, A, B, C, state, negative=negative_eigenvalues)
+
+    # After the softplus, so that padding has a step of 0 and leaves the state alone.
+    y, state = texts.run(compute, (x, dt, B, C), state)
     if D is not None:
         y = y + D[:, None] * x
     return y.to(dtype), state if output_final_state else None

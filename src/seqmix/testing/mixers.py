@@ -212,6 +212,14 @@ def state_bytes_are_as_declared(subject: Subject) -> None:
         )
 
 
+def a_state_keeps_nothing_else_in_memory(subject: Subject) -> None:
+    """A view of what a text was computed with would keep all of it for as long as the state."""
+    for bounds in (None, _bounds(TEXTS)):
+        _, state = subject.build()(subject.tokens(sum(TEXTS), batch=1), cu_seqlens=bounds)
+        kept = sum(leaf.untyped_storage().nbytes() for leaf in leaves(state))
+        assert kept <= num_bytes(state), f"{num_bytes(state)} bytes of state keep {kept} in memory"
+
+
 def cost_is_positive_and_grows(subject: Subject) -> None:
     mixer = subject.build()
     short, long, later = mixer.cost(64), mixer.cost(128), mixer.cost(64, context=64)
@@ -369,6 +377,7 @@ MIXER_LAWS: tuple[Law, ...] = (
     every_field_has_an_effect,
     output_scale_is_moderate,
     state_bytes_are_as_declared,
+    a_state_keeps_nothing_else_in_memory,
     cost_is_positive_and_grows,
     matrix_is_what_the_operator_does,
     configuration_and_weights_round_trip,
