@@ -44,7 +44,7 @@ class Growing:
 
     Versions share one storage with spare room. The newest version appends in place, which costs no copy of
     what is there; an older one (a fork, a roll-back) copies first. So appending to a key-value cache is as
-    cheap as in a mutable cache, and a cache still is a value.
+    cheap as in a mutable cache, and a cache still is a value. Where autograd records, every append copies.
     """
 
     def __init__(self, data: Tensor) -> None:
