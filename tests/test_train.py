@@ -229,7 +229,7 @@ def test_bfloat16_trains():
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("layout", ["gated_linear_attention", "attention"])
+@pytest.mark.parametrize("layout", ["gated_linear_attention", "attention", "mamba2"])
 def test_loss_that_is_not_finite_names_the_step(layout):
     with pytest.raises(NumericalError, match=r"step \d+ is .*learning rate \(1e\+30\)") as caught:
         train(layout, CORPUS, learning_rate=1e30, **SETTINGS)

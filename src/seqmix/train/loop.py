@@ -196,10 +196,12 @@ class _Trainer(Trainer):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except SeqmixError as error:
-            # Operators refuse arguments that are not finite: say that the weights are to blame, and when.
-            if all(bool(p.isfinite().all()) for p in model.parameters()):
+            # Operators refuse arguments that are not finite. After the first step only the weights can be to
+            # blame, even finite ones: the decay rate -exp(w) overflows long before w does.
+            if self.record.steps == 0:
                 raise
-            raise self._diverged("not computable: the weights are not finite") from error
+            reason = str(error).partition(". ")[0]
+            raise self._diverged(f"not computable, for the weights diverged ({reason})") from error
         value = loss.item()
         if not math.isfinite(value):
             raise self._diverged(str(value))
