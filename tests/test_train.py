@@ -162,6 +162,16 @@ train({SPEC!r}, {CORPUS!r}, out={str(tmp_path)!r}, save_every=4, **{SETTINGS!r})
         with pytest.raises(CheckpointError, match=r"step-10.*Remove it"):
             train(SPEC, CORPUS, out=tmp_path, save_every=5, **SETTINGS)
 
+    def test_damaged_optimizer_is_named_in_one_line(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "finish", lambda *_: pytest.fail("finished"))
+            with pytest.raises(pytest.fail.Exception):
+                train(SPEC, CORPUS, out=tmp_path, save_every=5, **SETTINGS)
+        (tmp_path / "checkpoints" / "step-10" / "optimizer.pt").write_bytes(b"garbage")
+        with pytest.raises(CheckpointError, match=r"step-10.*Remove it") as caught:
+            train(SPEC, CORPUS, out=tmp_path, save_every=5, **SETTINGS)
+        assert "\n" not in str(caught.value)
+
 
 class TestBudgets:
     @pytest.mark.parametrize("budget", [{}, {"steps": 2, "tokens": 5}, {"steps": 0}, {"tokens": 0}])

@@ -104,8 +104,10 @@ def run(
         ) as error:
             if checkpoint is None or pace.began:
                 raise
+            # torch goes on with advice that is not for users
+            reason = str(error).partition(". ")[0]
             raise CheckpointError(
-                f"{checkpoint} cannot be continued ({error}). Remove it to start the run again."
+                f"{checkpoint} cannot be continued ({reason}). Remove it to start the run again."
             ) from error
     model.eval()
     if pace.interrupted and not pace.is_over():
