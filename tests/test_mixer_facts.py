@@ -13,8 +13,9 @@ from seqmix.channels import CHANNELS
 from seqmix.core.numerics import relative_error
 from seqmix.core.state import leaves
 from seqmix.mixers import MIXERS
+from seqmix.mixers._mixer import undecayed
 from seqmix.mixers.s4d import initial_frequencies
-from seqmix.ops.selective_scan import selective_scan
+from seqmix.ops.signed_selective_scan import signed_selective_scan
 from seqmix.ops.state_space_dual import state_space_dual
 
 
@@ -26,6 +27,12 @@ def build(name: str, **fields: Any) -> Any:
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MIXERS.names())
+def test_what_is_kept_from_weight_decay_exists(name: str) -> None:
+    mixer = build(name)
+    assert undecayed(mixer) <= {name for name, _ in mixer.named_parameters()}
 
 
 def test_retention_depends_on_distances_alone() -> None:
@@ -91,11 +98,10 @@ def test_negative_eigenvalues_count_modulo_two() -> None:
         torch.ones(1, 200, 1, dtype=torch.float64),
         torch.ones(1, 1, 1, dtype=torch.float64),
     )
-    arguments = {"negative_eigenvalues": True, "initial_state": state}
     rate = -torch.ones(1, 1, dtype=torch.float64)
-    y, _ = selective_scan(0 * one, flip.unsqueeze(-1), rate, one, one, **arguments)
+    y, _ = signed_selective_scan(0 * one, flip.unsqueeze(-1), rate, one, one, initial_state=state)
     assert torch.allclose(y[..., 0], 1 - 2 * parity)
-    arguments["initial_state"] = state.unsqueeze(-1)
+    arguments = {"negative_eigenvalues": True, "initial_state": state.unsqueeze(-1)}
     one = one.unsqueeze(-1)
     y, _ = state_space_dual(0 * one, flip.unsqueeze(-1), rate[0], one, one, **arguments)
     assert torch.allclose(y[..., 0, 0], 1 - 2 * parity)

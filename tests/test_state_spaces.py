@@ -12,6 +12,7 @@ from seqmix.ops import (
     long_convolution,
     record_forms,
     selective_scan,
+    signed_selective_scan,
     short_convolution,
     state_space_dual,
 )
@@ -85,7 +86,7 @@ def test_negative_eigenvalues_let_a_state_flip_at_every_token():
     once = torch.tensor([1.0, 0, 0, 0, 0, 0]).reshape(1, 6, 1)
     ones = torch.ones(1, 6, 1)
     flips = torch.tensor([1.0, -1, 1, -1, 1, -1]) * 1e3
-    y, _ = selective_scan(once, delta, A, ones, ones, negative_eigenvalues=True)
+    y, _ = signed_selective_scan(once, delta, A, ones, ones)
     assert torch.equal(y.flatten(), flips)
     y, _ = state_space_dual(
         once[..., None], delta, A[0], ones[..., None], ones[..., None], negative_eigenvalues=True

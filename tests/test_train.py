@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
@@ -292,8 +293,10 @@ def test_adapters_train(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_vectors_embeddings_and_marked_parameters_do_not_decay():
+@pytest.mark.parametrize("copied", [False, True])
+def test_vectors_embeddings_and_listed_parameters_do_not_decay(copied):
     model = create("mamba", width=32, vocabulary=40, tied=False)
+    model = copy.deepcopy(model) if copied else model
     decayed, others = (group["params"] for group in parameter_groups(model, 0.1))
     names = {id(p): name for name, p in model.named_parameters()}
     kept = {names[id(p)] for p in others}

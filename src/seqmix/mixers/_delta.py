@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,11 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.layers.convolution import ShortConvolution
+from seqmix.layers.initialization import initial_log_rate, initial_step_bias
 from seqmix.layers.norm import RMSNorm
-from seqmix.mixers._mixer import HeadsConfig, Mixer, without_decay
-from seqmix.mixers.mamba import initial_step_bias
+from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops.delta_rule import delta_rule
-
-SLOWEST, FASTEST = 1.0, 16.0  # decay rates are drawn uniformly between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +129,13 @@ class DecayRate(nn.Module):
     0.001 and 0.1 (as in Mamba-2). Both are kept from weight decay, and g is computed in float32.
     """
 
+    no_weight_decay: ClassVar = ("A_log", "dt_bias")
+
     def __init__(self, heads: int, *key_width: int) -> None:
         super().__init__()
-        rates = SLOWEST + (FASTEST - SLOWEST) * torch.rand(heads)
-        self.A_log = without_decay(nn.Parameter(rates.log()))
+        self.A_log = nn.Parameter(initial_log_rate(heads))
         bias = initial_step_bias(torch.Size((heads, *key_width)).numel())
-        self.dt_bias = without_decay(nn.Parameter(bias.reshape(heads, *key_width)))
+        self.dt_bias = nn.Parameter(bias.reshape(heads, *key_width))
 
     def forward(self, a: Tensor) -> Tensor:
         a, A_log, dt_bias = widen(a, self.A_log, self.dt_bias)

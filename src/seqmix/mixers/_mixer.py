@@ -54,9 +54,10 @@ class Mixer(nn.Module, ABC):
 
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     config: Any  # an instance of `Config`
-    operator: ClassVar[str | None] = None
+    operator: str | None = None  # of the class, or of an instance where its configuration decides
     causal: ClassVar[bool] = True
     exceptions: ClassVar[Mapping[str, str]] = {}
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, config: MixerConfig) -> None:
@@ -152,7 +153,12 @@ def mixing_matrix(operator: str, arguments: dict[str, Any]) -> Tensor:
     return out.permute(0, 2, 1, 3)  # [B, H, T, T]
 
 
-def without_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Marks a parameter (decays, steps, skips) that weight decay would wreck; the trainer reads the mark."""
-    parameter.no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters (decays, steps, skips) that weight decay would wreck: every module lists its
+    own in `no_weight_decay`. They also stay in float32 where a model is kept in half precision.
+    """
+    return {
+        f"{place}.{name}" if place else name
+        for place, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }

@@ -25,7 +25,7 @@ from seqmix.core.numerics import widen
 from seqmix.core.state import Growing, State
 from seqmix.layers.convolution import ShortConvolution
 from seqmix.layers.precision import full_precision
-from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
+from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import OPERATORS, Case
 from seqmix.ops._operator import Packing
 from seqmix.ops.long_convolution import long_convolution
@@ -51,6 +51,7 @@ class Hyena(Mixer):
     """T log T time; state: all T convolved tokens [B, T, D], and the short convolution's history."""
 
     Config = Config
+    no_weight_decay: ClassVar = ("frequency", "D")
     operator = "long_convolution"
     examples: ClassVar = {"short_reach": {"reach": 16}}
 
@@ -62,8 +63,8 @@ class Hyena(Mixer):
         self.kernel_input = nn.Linear(1 + 2 * config.bands, hidden)
         self.kernel_hidden = nn.Linear(hidden, hidden)
         self.kernel_output = nn.Linear(hidden, width, bias=False)
-        self.frequency = without_decay(nn.Parameter(torch.full((hidden,), 10.0)))
-        self.D = without_decay(nn.Parameter(torch.randn(width)))
+        self.frequency = nn.Parameter(torch.full((hidden,), 10.0))
+        self.D = nn.Parameter(torch.randn(width))
         self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:

@@ -22,11 +22,9 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.layers.convolution import ShortConvolution
-from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
-from seqmix.ops import Case
-from seqmix.ops.selective_scan import selective_scan
-
-SHORTEST_STEP, LONGEST_STEP = 1e-3, 1e-1  # steps are drawn between them, uniformly on a log scale
+from seqmix.layers.initialization import initial_step_bias
+from seqmix.mixers._mixer import Mixer, MixerConfig
+from seqmix.ops import OPERATORS, Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +56,13 @@ class Mamba(Mixer):
 
     Config = Config
     operator = "selective_scan"
+    no_weight_decay: ClassVar = ("step_bias", "A_log", "D")
     examples: ClassVar = {"negative_eigenvalues": {"negative_eigenvalues": True}}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.negative_eigenvalues:
+            self.operator = "signed_selective_scan"
         channels, states, rank = config.channels, config.state_width, config.rank
         self.input = nn.Linear(config.width, 2 * channels, bias=False)
         self.convolution = ShortConvolution(channels, config.convolution_size, bias=True)
@@ -69,10 +70,10 @@ class Mamba(Mixer):
         self.step_size = nn.Linear(rank, channels, bias=False)
         self.step_size.keeps_initialisation = True
         nn.init.uniform_(self.step_size.weight, -(rank**-0.5), rank**-0.5)
-        self.step_bias = without_decay(nn.Parameter(initial_step_bias(channels)))
+        self.step_bias = nn.Parameter(initial_step_bias(channels))
         rates = torch.arange(1.0, states + 1).log().repeat(channels, 1)
-        self.A_log = without_decay(nn.Parameter(rates))
-        self.D = without_decay(nn.Parameter(torch.ones(channels)))
+        self.A_log = nn.Parameter(rates)
+        self.D = nn.Parameter(torch.ones(channels))
         self.output = nn.Linear(channels, config.width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
@@ -105,7 +106,6 @@ class Mamba(Mixer):
             "D": D,
             "delta_bias": step_bias,
             "delta_softplus": True,
-            "negative_eigenvalues": c.negative_eigenvalues,
         }, {"convolution": history}
 
     def forward(
@@ -113,7 +113,7 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, State]:
         u, z = self.input(x).chunk(2, dim=-1)
         arguments, before = self._operands(u, state, cu_seqlens)
-        y, recurrent = selective_scan(
+        y, recurrent = OPERATORS.get(self.operator).function(
             **arguments,
             initial_state=None if state is None else state["recurrent"],
             output_final_state=True,
@@ -124,13 +124,6 @@ class Mamba(Mixer):
     def operator_case(self, tokens: int, context: int) -> Case:
         c = self.config
         return Case("mixer", {"B": 1, "T": tokens, "E": c.channels, "N": c.state_width})
-
-
-def initial_step_bias(count: int) -> Tensor:
-    """Biases b [count] with softplus(b) log-uniform between the shortest and the longest step."""
-    low, high = math.log(SHORTEST_STEP), math.log(LONGEST_STEP)
-    step = torch.exp(low + (high - low) * torch.rand(count))
-    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
 
 
 MIXER = Mamba

@@ -20,13 +20,11 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.layers.convolution import ShortConvolution
+from seqmix.layers.initialization import initial_log_rate, initial_step_bias
 from seqmix.layers.norm import RMSNorm
-from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
-from seqmix.mixers.mamba import initial_step_bias
+from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import Case
 from seqmix.ops.state_space_dual import state_space_dual
-
-SLOWEST, FASTEST = 1.0, 16.0  # decay rates are drawn uniformly between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,7 @@ class Mamba2(Mixer):
     """Linear time; state [B, H, N, P] and the convolution's history [B, W-1, E + 2 G N]."""
 
     Config = Config
+    no_weight_decay: ClassVar = ("step_bias", "A_log", "D")
     operator = "state_space_dual"
     examples: ClassVar = {
         "groups": {"heads": 4, "groups": 2},
@@ -73,10 +72,9 @@ class Mamba2(Mixer):
         mixed = channels + 2 * config.groups * config.state_width
         self.input = nn.Linear(config.width, channels + mixed + heads, bias=False)
         self.convolution = ShortConvolution(mixed, config.convolution_size, bias=True)
-        self.step_bias = without_decay(nn.Parameter(initial_step_bias(heads)))
-        rates = SLOWEST + (FASTEST - SLOWEST) * torch.rand(heads)
-        self.A_log = without_decay(nn.Parameter(rates.log()))
-        self.D = without_decay(nn.Parameter(torch.ones(heads)))
+        self.step_bias = nn.Parameter(initial_step_bias(heads))
+        self.A_log = nn.Parameter(initial_log_rate(heads))
+        self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(channels // config.groups, eps=1e-5, elementwise_affine=False)
         self.norm_weight = nn.Parameter(torch.ones(channels))
         self.output = nn.Linear(channels, config.width, bias=False)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
-from seqmix.mixers._mixer import HeadsConfig, Mixer, without_decay
+from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops.generalized_delta_rule import generalized_delta_rule
 from seqmix.ops.short_convolution import short_convolution
@@ -50,6 +50,14 @@ class RWKV7(Mixer):
     """Linear time; state [B, H, K, K] and the token before, [B, 1, D]."""
 
     Config = Config
+    no_weight_decay: ClassVar = (
+        "mix",
+        "decay_bias",
+        "rate_bias",
+        "removal",
+        "replacement",
+        "bonus",
+    )
     operator = "generalized_delta_rule"
     examples: ClassVar = {"ranks": {"rank": 3, "gate_rank": 5}}
 
@@ -61,18 +69,18 @@ class RWKV7(Mixer):
         zigzag = within * within.abs()  # -1 to 1 over the channels of a head
 
         mixes = torch.stack([1 - place**exponent for exponent in EXPONENTS])
-        self.mix = without_decay(nn.Parameter(mixes))
+        self.mix = nn.Parameter(mixes)
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.decay = low_rank(width, config.rank, nn.Tanh(), from_zero=True)
-        self.decay_bias = without_decay(nn.Parameter(6 * place**1.8 - 5.5 + 2.5 * zigzag))
+        self.decay_bias = nn.Parameter(6 * place**1.8 - 5.5 + 2.5 * zigzag)
         self.rate = low_rank(width, config.rank, nn.Identity(), from_zero=True)
-        self.rate_bias = without_decay(nn.Parameter(0.3 * zigzag + 0.4 * (place - 0.5) - 0.19))
+        self.rate_bias = nn.Parameter(0.3 * zigzag + 0.4 * (place - 0.5) - 0.19)
         self.gate = low_rank(width, config.gate_rank, nn.Sigmoid())
-        self.removal = without_decay(nn.Parameter(0.71 - 0.1 * (place - 0.5)))
-        self.replacement = without_decay(nn.Parameter(torch.full((width,), 1.02)))
-        self.bonus = without_decay(nn.Parameter(torch.full((heads, config.head_width), -0.04)))
+        self.removal = nn.Parameter(0.71 - 0.1 * (place - 0.5))
+        self.replacement = nn.Parameter(torch.full((width,), 1.02))
+        self.bonus = nn.Parameter(torch.full((heads, config.head_width), -0.04))
         self.norm = nn.GroupNorm(heads, width, eps=1e-5 * config.head_width)
         self.output = nn.Linear(width, width, bias=False)
 

@@ -23,14 +23,14 @@ from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.layers.initialization import initial_log_step
 from seqmix.layers.precision import full_precision
-from seqmix.mixers._mixer import Mixer, MixerConfig, without_decay
+from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import Case
 from seqmix.ops._operator import in_rows
 from seqmix.ops.long_convolution import long_convolution
 
 INITIAL = ("lin", "inv", "legs")
-SHORTEST_STEP, LONGEST_STEP = 1e-3, 1e-1  # steps are drawn between them, uniformly on a log scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,20 @@ class S4D(Mixer):
     """T log T time in training, linear in generation; complex state as real pairs [B, D, N/2, 2]."""
 
     Config = Config
+    no_weight_decay: ClassVar = ("log_step", "A_log", "A_imaginary", "D")
     operator = "long_convolution"
     examples: ClassVar = {"inv": {"initial": "inv"}, "legs": {"initial": "legs", "state_width": 16}}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         width, pairs = config.width, config.state_width // 2
-        low, high = math.log(SHORTEST_STEP), math.log(LONGEST_STEP)
-        self.log_step = without_decay(nn.Parameter(low + (high - low) * torch.rand(width)))
-        self.A_log = without_decay(nn.Parameter(torch.full((width, pairs), math.log(0.5))))
-        self.A_imaginary = without_decay(nn.Parameter(torch.empty(width, pairs)))
+        self.log_step = nn.Parameter(initial_log_step(width))
+        self.A_log = nn.Parameter(torch.full((width, pairs), math.log(0.5)))
+        self.A_imaginary = nn.Parameter(torch.empty(width, pairs))
         with torch.no_grad():
             self.A_imaginary.copy_(initial_frequencies(config.initial, pairs))
         self.C = nn.Parameter(torch.randn(width, pairs, 2) * 0.5**0.5)
-        self.D = without_decay(nn.Parameter(torch.randn(width)))
+        self.D = nn.Parameter(torch.randn(width))
         self.gate = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from seqmix.core.errors import CheckpointError, ConfigError, DataError, ShapeError
 from seqmix.core.state import State, num_rows
 from seqmix.data.packing import IGNORED, cu_seqlens_from_segments
+from seqmix.mixers._mixer import undecayed
 from seqmix.models.backbone import LanguageModel, ModelSpec
 from seqmix.models.pretrained import load
 from seqmix.models.state_cache import StateCache
@@ -106,21 +107,14 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{entry.mixer.name} reads the future, so it cannot predict the next token. "
                     "Use a causal mixer in a language model."
                 )
-        self._special = [
-            name
-            for name, parameter in self.named_parameters()
-            if getattr(parameter, "no_weight_decay", False)
-        ]
-        self._keep_in_fp32_modules_strict = [f"{name}$" for name in self._special]
+        self._keep_in_fp32_modules_strict = [f"{name}$" for name in sorted(undecayed(self))]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: constructors have initialised, and a checkpoint with missing weights is refused."""
 
     def _initialize_missing_keys(self, is_quantized: bool) -> None:
-        """Restores what loading drops: marks on parameters, and buffers that checkpoints leave out."""
-        for name in self._special:
-            self.get_parameter(name).no_weight_decay = True
+        """Restores buffers that checkpoints leave out."""
         left_out = [name for name, _ in self.named_non_persistent_buffers()]
         if left_out:
             with torch.device("cpu"):

@@ -2,7 +2,6 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t        y_t = C_t . h_t + D u_t
 
-With negative eigenvalues the transition is 2 exp(delta_t A) - 1, from -1 to 1, so that a state can flip.
 Each of the E channels has a state of width N of its own; B_t and C_t are shared by all channels.
 Axes: B batch, T time, E channels, N state width; C places in a chunk.
 The arguments B and C keep the paper's names, which are not the axes B and C.
@@ -49,7 +48,6 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-    negative_eigenvalues: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -66,7 +64,6 @@ def selective_scan(
         z: gate of the output, [B, T, E]; none by default.
         delta_bias: added to delta, [E].
         delta_softplus: whether delta passes through log(1 + exp(.)), after the bias.
-        negative_eigenvalues: whether h_{t-1} is multiplied by 2 exp(delta_t A) - 1 instead.
         initial_state: h before the first token, [B, E, N]; zeros by default.
         output_final_state: whether to return h after the last token.
         cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
@@ -79,26 +76,61 @@ def selective_scan(
         ShapeError, DtypeError, RangeError: for an argument that does not fit, with what to do.
         NoUsableForm: when `form` cannot run here.
 
-    Source: Gu & Dao 2023 (Mamba), eq. 2a and 4 with B discretised as delta * B, algorithm 2; Grazzi et al.
-    2024, section 4.3 (negative eigenvalues).
+    Source: Gu & Dao 2023 (Mamba), eq. 2a and 4 with B discretised as delta * B, algorithm 2.
     """
+    return scan(
+        OPERATOR,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        form=form,
+    )
+
+
+def scan(
+    operator: Operator,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    *,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    form: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the public functions of both selective scans do around the forms of `operator`."""
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
-    sizes = check_tensors("selective_scan", AXES, {**tensors, "delta_bias": delta_bias})
-    check_decay_rate("selective_scan", "A", A)
-    texts = in_rows("selective_scan", cu_seqlens, u)
+    sizes = check_tensors(operator.name, AXES, {**tensors, "delta_bias": delta_bias})
+    check_decay_rate(operator.name, "A", A)
+    texts = in_rows(operator.name, cu_seqlens, u)
     bound = {"R": texts.num_texts, "E": sizes["E"], "N": sizes["N"]}
-    check_tensors("selective_scan", AXES, {"initial_state": initial_state}, **bound)
+    check_tensors(operator.name, AXES, {"initial_state": initial_state}, **bound)
 
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, state = widen(
         u, delta, A, B, C, D, z, delta_bias, initial_state
     )
-    delta = step_size("selective_scan", "delta", delta, delta_bias, softplus=delta_softplus)
+    delta = step_size(operator.name, "delta", delta, delta_bias, softplus=delta_softplus)
     if state is None:
         state = u.new_zeros(texts.num_texts, sizes["E"], sizes["N"])
 
     def compute(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Any:
-        return OPERATOR.run(form, u, delta, A, B, C, state, negative=negative_eigenvalues)
+        return operator.run(form, u, delta, A, B, C, state)
 
     # After the softplus, so that padding has a step of 0 and leaves the state alone.
     y, state = texts.run(compute, (u, delta, B, C), state)
@@ -235,8 +267,6 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
         inputs["delta_softplus"] = True
     else:
         inputs["delta"] = F.softplus(normal("B", "T", "E") + case.get("bias", -1.0))
-    if case.get("negative"):
-        inputs["negative_eigenvalues"] = True
     inputs |= {"A": -normal("E", "N").exp(), "B": normal("B", "T", "N"), "C": normal("B", "T", "N")}
     if case.get("gated"):
         inputs |= {"D": normal("E"), "z": normal("B", "T", "E")}
@@ -269,13 +299,13 @@ TIMING = {"B": 1, "T": 2048, "E": 256, "N": 16}
 OPERATOR = Operator(
     function=selective_scan,
     equation=r"h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t,\quad y_t = C_t^\top h_t + D u_t",
-    source="Gu & Dao 2023 (arXiv:2312.00752); Grazzi et al. 2024 (arXiv:2411.12537)",
+    source="Gu & Dao 2023 (arXiv:2312.00752)",
     axes=AXES,
     definition=definition,
     forms={
         "recurrent": Form(
             definition,
-            lambda u, *_, **options: (
+            lambda u, *_: (
                 None
                 if u.shape[1] <= SHORT
                 else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
@@ -291,7 +321,6 @@ OPERATOR = Operator(
         Case("softplus", SIZES, {"softplus": True, "gated": True}),
         Case("strong_decay", SIZES, {"bias": 4.0}),
         Case("weak_decay", {**SIZES, "T": 150}, {"bias": -7.0}),
-        Case("negative_eigenvalues", {**SIZES, "T": 70}, {"bias": 1.0, "negative": True}),
     ],
     timing=[
         Case("one_text", TIMING),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from seqmix.core.errors import ConfigError
+from seqmix.mixers._mixer import undecayed
 from seqmix.train.schedule import check_schedule
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # whether it takes autocast
@@ -67,16 +68,17 @@ class Record:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors, embeddings and parameters marked `no_weight_decay` do not."""
+    """Matrices decay; vectors, embeddings and what modules list in `no_weight_decay` do not."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    listed = undecayed(model)
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            marked = getattr(parameter, "no_weight_decay", False) or id(parameter) in embeddings
-            (others if parameter.ndim < 2 or marked else decayed).append(parameter)
+            spared = name in listed or id(parameter) in embeddings
+            (others if parameter.ndim < 2 or spared else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
