@@ -12,8 +12,8 @@ from seqmix.ops import (
     long_convolution,
     record_forms,
     selective_scan,
-    signed_selective_scan,
     short_convolution,
+    signed_selective_scan,
     state_space_dual,
 )
 
