@@ -67,7 +67,7 @@ def chunked_equals_loop(run: Run) -> Finding:
 
 def recurrent_bytes(run: Run, layout: str) -> int:
     """Bytes of recurrent state per text, all blocks: without the histories of short convolutions."""
-    spec, _ = specify(layout, run["training"])
+    spec, _ = specify(layout, run["training"]["recall"])
     states = Backbone(spec).initial_state(1, torch.empty(0))
     return sum(4 * state["recurrent"].numel() for state in states if "recurrent" in state)
 
@@ -76,17 +76,17 @@ def recall(run: Run, name: str, layout: str, load: str) -> list[float]:
     """Accuracy of associative recall per seed, at the best learning rate of a seed kept for choosing."""
     task = TASKS.get("associative_recall")
     learned = task(task.Config(**run[load]))
-    label = f"{load}, {name}"
+    label, training = f"{load}, {name}", run["training"][load]
     rate = best_learning_rate(
         run,
         layout,
         learned,
-        run["training"],
+        training,
         rates=run["rates"][load],
         seed=run["seeds"],
         name=label,
     )
-    settings = dict(run["training"]) | {"learning_rate": rate}
+    settings = dict(training) | {"learning_rate": rate}
     return [
         accuracy_after_training(run, layout, learned, settings, seed=seed, name=label)[
             "training length"
@@ -143,6 +143,7 @@ def measure(run: Run) -> list[Finding]:
 
 
 TRAINING = {"width": 32, "heads": 2, "batch": 32, "weight_decay": 0.01}
+QUICK = TRAINING | {"batch": 4, "steps": 4}
 EQUAL_STATE = {
     "delta_net": "2x[delta_net]",
     "gated_linear_attention": "short_convolution/none, 2x[gated_linear_attention(key_ratio=1.0)]",
@@ -168,7 +169,7 @@ CLAIM = Claim(
         "hybrids": HYBRIDS,
         "recall": {"length": 16, "pairs": 2, "vocabulary": 16},
         "hard recall": {"length": 16, "pairs": 4, "vocabulary": 16},
-        "training": TRAINING | {"batch": 4, "steps": 4},
+        "training": {"recall": QUICK, "hard recall": QUICK},
         "rates": {"recall": [1e-2], "hard recall": [1e-2]},
         "seeds": 1,
     },
@@ -178,7 +179,10 @@ CLAIM = Claim(
         "hybrids": HYBRIDS,
         "recall": {"length": 32, "pairs": 8, "vocabulary": 32},
         "hard recall": {"length": 48, "pairs": 12, "vocabulary": 32},
-        "training": TRAINING | {"steps": 300},
+        "training": {
+            "recall": TRAINING | {"steps": 300},
+            "hard recall": TRAINING | {"steps": 600},
+        },
         "rates": {"recall": [1e-2], "hard recall": [1e-2]},
         "seeds": 2,
     },
