@@ -198,11 +198,11 @@ CLAIM = Claim(
         "rates": [5e-3],
         "selective_copying": {
             "task": {"length": 32, "items": 4, "vocabulary": 8},
-            "training": MODEL | {"steps": 400},
+            "training": MODEL | {"steps": 600},
         },
         "induction_heads": {
             "task": {"length": 32, "vocabulary": 8},
-            "training": MODEL | {"steps": 200},
+            "training": MODEL | {"channel": "glu", "steps": 400},
         },
         "decoding": DECODING
         | {"model": {"width": 256, "heads": 4}, "contexts": [1024, 4096, 16384]},
