@@ -172,9 +172,10 @@ def compare(
         "settings": settings,
     }
     folder = _own_folder(Path(out or f"runs/compare-{_slug(corpus.name)}"))
+    # A file of its own holds one study, whatever becomes of the folder's name; a shared database many.
     study = Study(
         storage or folder / STUDY,
-        folder.resolve().name,
+        folder.resolve().name if storage else "comparison",
         manifest,
         allow_other_machine=allow_other_machine,
     )

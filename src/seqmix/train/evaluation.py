@@ -39,6 +39,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The loss of `model` on every token of `data` that follows another of its document.
 
+    The ends of documents are read and not scored, so that models with different end tokens compare.
     The text is read in windows of `length` tokens that each start afresh, the same for every model. With
     `carry`, the state of a seqmix model goes on from window to window instead, through the whole document:
     what streaming would give, far beyond the length that the model may have been trained at.
@@ -70,9 +71,9 @@ def evaluate(
     eos = end_of_text(tokenizer)
     documents = encode(backend, corpus.documents)
     held_out = HeldOut(documents, corpus.documents, backend, length, eos, limit=tokens)
-    text_tokens = held_out.packed.scored_tokens
+    text_tokens = sum(len(document) - 1 for document in documents)
     if carry:
-        total, count = _carried(model, documents, eos, length, progress=progress)
+        total, count = _carried(model, documents, length, progress=progress)
         return _result(total, count, held_out.bytes) | {"text_tokens": text_tokens}
     return held_out.evaluate(model, progress=progress) | {"text_tokens": text_tokens}
 
@@ -95,6 +96,7 @@ class HeldOut:
         limit: int | None = None,
     ) -> None:
         self.packed = pack(documents, length, eos=eos, pad=eos)
+        self._eos = eos
         windows = self.packed.windows
         try:
             sizes = token_bytes(backend)
@@ -105,8 +107,13 @@ class HeldOut:
             return
         chosen = windows if limit is None else min(windows, max(1, limit // length))
         self.windows = np.linspace(0, windows - 1, chosen).round().astype(np.int64)
-        labels = self.packed.batch(self.windows)["labels"]
+        labels = self._batch(self.windows)["labels"]
         self.bytes = int(sizes[labels[labels != IGNORED].numpy()].sum())
+
+    def _batch(self, windows: np.ndarray) -> dict[str, Tensor]:
+        batch = self.packed.batch(windows)
+        labels = batch["labels"]
+        return batch | {"labels": labels.masked_fill(labels == self._eos, IGNORED)}
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, *, progress: bool = False) -> dict[str, float]:
@@ -115,7 +122,7 @@ class HeldOut:
         rows = max(1, LOGITS // (self.packed.length * model.config.vocab_size))
         total, count = 0.0, 0
         for start in _track(range(0, len(self.windows), rows), shown=progress):
-            batch = self.packed.batch(self.windows[start : start + rows])
+            batch = self._batch(self.windows[start : start + rows])
             inputs = {"input_ids": batch["input_ids"].to(model.device)}
             if takes_segments(model):
                 inputs["segments"] = batch["segments"].to(model.device)
@@ -159,7 +166,6 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 def _carried(
     model: PreTrainedModel,
     documents: Sequence[np.ndarray],
-    eos: int,
     length: int,
     *,
     progress: bool,
@@ -169,7 +175,7 @@ def _carried(
     model.eval()
     total, count = 0.0, 0
     for document in _track(documents, shown=progress):
-        ids = torch.from_numpy(np.append(document, eos)).long().to(model.device)[None]
+        ids = torch.from_numpy(document).long().to(model.device)[None]
         cache = StateCache()
         for start in range(0, ids.shape[1] - 1, length):
             labels = ids[:, start + 1 : start + 1 + length]
@@ -193,6 +199,10 @@ def _loss_sum(logits: Tensor, labels: Tensor) -> float:
 
 
 def _result(total: float, tokens: int, scored: int) -> dict[str, float]:
+    if not tokens:
+        raise DataError(
+            "The text has no token that follows another, so none to score. Give a longer one."
+        )
     loss = total / tokens
     if not math.isfinite(loss):
         raise NumericalError(f"The loss of the evaluation is {loss}: the model is not usable.")
