@@ -20,6 +20,18 @@ def _always(*inputs: Any, **options: Any) -> None:
     return None
 
 
+def longer_than(most: int) -> Callable[..., str | None]:
+    """Why the loop over tokens, the fastest form for a few, does not run on more than `most` of them."""
+
+    def why_not(first: Tensor, *inputs: Any, **options: Any) -> str | None:
+        length = first.shape[1]
+        if length <= most:
+            return None
+        return f"{length} tokens are more than {most}: use form='definition' for the loop"
+
+    return why_not
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to compute an operator, with the definition's signature.

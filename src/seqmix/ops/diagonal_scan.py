@@ -25,6 +25,7 @@ from seqmix.ops._operator import (
     check_not_positive,
     check_tensors,
     in_rows,
+    longer_than,
 )
 
 CHUNK = 32
@@ -171,14 +172,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
-        "recurrent": Form(
-            definition,
-            lambda x, *_: (
-                None
-                if x.shape[1] <= SHORT
-                else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
-            ),
-        ),
+        "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },
     sample=sample,

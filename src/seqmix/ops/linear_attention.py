@@ -31,6 +31,7 @@ from seqmix.ops._operator import (
     check_not_positive,
     check_tensors,
     in_rows,
+    longer_than,
 )
 
 CHUNK = 64
@@ -212,14 +213,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
-        "recurrent": Form(
-            definition,
-            lambda q, *_: (
-                None
-                if q.shape[1] <= SHORT
-                else f"{q.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
-            ),
-        ),
+        "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
         "parallel": Form(parallel),
     },

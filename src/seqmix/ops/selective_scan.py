@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
 from seqmix.ops._chunks import run_recurrence
-from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows
+from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows, longer_than
 from seqmix.ops._step_size import check_decay_rate, step_size
 
 CHUNK = 32
@@ -303,14 +303,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
-        "recurrent": Form(
-            definition,
-            lambda u, *_: (
-                None
-                if u.shape[1] <= SHORT
-                else f"{u.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
-            ),
-        ),
+        "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },
     sample=sample,

@@ -20,7 +20,7 @@ from seqmix.core.cost import Cost
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import widen
 from seqmix.ops._chunks import decay_matrix, from_chunks, into_chunks, running_total
-from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows
+from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows, longer_than
 from seqmix.ops._step_size import check_decay_rate, step_size
 
 CHUNK = 32
@@ -250,14 +250,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
-        "recurrent": Form(
-            definition,
-            lambda x, *_, **options: (
-                None
-                if x.shape[1] <= SHORT
-                else f"{x.shape[1]} tokens are more than {SHORT}: use form='definition' for the loop"
-            ),
-        ),
+        "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },
     sample=sample,
