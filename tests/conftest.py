@@ -14,6 +14,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 
 @pytest.fixture(autouse=True)

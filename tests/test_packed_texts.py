@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.state import Growing, leaves
 from seqmix.mixers import MIXERS
-from seqmix.ops._operator import Batch, Packing, in_rows
+from seqmix.ops._packing import Batch, Packing, in_rows
 
 
 def packing(lengths):

@@ -7,7 +7,8 @@ import torch
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
-from seqmix.ops._operator import Case, Form, Operator, check_tensors
+from seqmix.ops._arguments import check_tensors
+from seqmix.ops._operator import Case, Form, Operator
 from seqmix.testing import check_operator
 
 AXES = {"x": "B T E", "initial_state": "R E"}

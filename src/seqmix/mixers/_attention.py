@@ -22,7 +22,7 @@ from seqmix.layers.norm import RMSNorm
 from seqmix.layers.positions import rotate
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
-from seqmix.ops._operator import Packing
+from seqmix.ops._packing import Packing
 from seqmix.ops.attention import attention
 
 INTEGER_BYTES = 8

@@ -27,7 +27,7 @@ from seqmix.layers.convolution import ShortConvolution
 from seqmix.layers.precision import full_precision
 from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import OPERATORS, Case
-from seqmix.ops._operator import Packing
+from seqmix.ops._packing import Packing
 from seqmix.ops.long_convolution import long_convolution
 
 FADED = math.log(100.0)

@@ -24,7 +24,7 @@ from seqmix.core.state import State
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
-from seqmix.ops._operator import Packing, in_rows
+from seqmix.ops._packing import Packing, in_rows
 from seqmix.ops.linear_attention import linear_attention
 
 

@@ -27,7 +27,7 @@ from seqmix.layers.initialization import initial_log_step
 from seqmix.layers.precision import full_precision
 from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import Case
-from seqmix.ops._operator import in_rows
+from seqmix.ops._packing import in_rows
 from seqmix.ops.long_convolution import long_convolution
 
 INITIAL = ("lin", "inv", "legs")

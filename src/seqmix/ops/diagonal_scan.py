@@ -17,16 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.ops._arguments import check_not_positive, check_tensors
 from seqmix.ops._chunks import run_recurrence
-from seqmix.ops._operator import (
-    Case,
-    Form,
-    Operator,
-    check_not_positive,
-    check_tensors,
-    in_rows,
-    longer_than,
-)
+from seqmix.ops._operator import Case, Form, Operator, longer_than
+from seqmix.ops._packing import in_rows
 
 CHUNK = 32
 SHORT = 4  # up to here the loop over tokens beats a chunk

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.ops._arguments import check_not_positive, check_tensors
 from seqmix.ops._chunks import (
     decay_matrix,
     decayed_scores,
@@ -24,15 +25,8 @@ from seqmix.ops._chunks import (
     into_chunks,
     running_total,
 )
-from seqmix.ops._operator import (
-    Case,
-    Form,
-    Operator,
-    check_not_positive,
-    check_tensors,
-    in_rows,
-    longer_than,
-)
+from seqmix.ops._operator import Case, Form, Operator, longer_than
+from seqmix.ops._packing import in_rows
 
 CHUNK = 64
 SHORT = 4  # up to here the loop over tokens beats a chunk

@@ -15,7 +15,9 @@ from torch import Generator, Tensor
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
-from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows
+from seqmix.ops._arguments import check_tensors
+from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._packing import in_rows
 
 LONGEST_DIRECT = 32  # up to here a product per tap beats the transforms, on a CPU and in training
 AXES = {"u": "B T E", "kernel": "E L", "D": "E"}

@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.ops._arguments import check_tensors
 from seqmix.ops._chunks import run_recurrence
-from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows, longer_than
+from seqmix.ops._operator import Case, Form, Operator, longer_than
+from seqmix.ops._packing import in_rows
 from seqmix.ops._step_size import check_decay_rate, step_size
 
 CHUNK = 32

@@ -19,7 +19,9 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.numerics import widen
-from seqmix.ops._operator import Case, Form, Operator, Packing, check_tensors, in_rows
+from seqmix.ops._arguments import check_tensors
+from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._packing import Packing, in_rows
 
 AXES = {"x": "B T D", "weight": "D W", "bias": "D", "initial_state": "R J D"}
 ACTIVATIONS = (None, "silu")

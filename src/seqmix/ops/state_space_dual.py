@@ -19,8 +19,10 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import widen
+from seqmix.ops._arguments import check_tensors
 from seqmix.ops._chunks import decay_matrix, from_chunks, into_chunks, running_total
-from seqmix.ops._operator import Case, Form, Operator, check_tensors, in_rows, longer_than
+from seqmix.ops._operator import Case, Form, Operator, longer_than
+from seqmix.ops._packing import in_rows
 from seqmix.ops._step_size import check_decay_rate, step_size
 
 CHUNK = 32
