@@ -28,6 +28,7 @@ FORMAT = 1  # of the manifest and the results; a study of another format is refu
 HEARTBEAT = 20.0  # seconds between signs of life
 SILENCE = 120.0  # seconds without one after which a process on another machine counts as dead
 METRICS = ("bits_per_byte", "decode_ms", "memory_mb")
+CREATING = ("already exists", "locked", "unique constraint", "no such table", "does not exist")
 FULL = ("readonly", "read-only", "unable to open", "full", "disk i/o")
 
 
@@ -82,9 +83,9 @@ class Study:
         self.settings: dict[str, Any] = (stored or manifest)["settings"]
 
     def _connect(self, optuna: Any, url: str, name: str) -> Any:
-        from sqlalchemy.exc import OperationalError, ProgrammingError
+        from sqlalchemy.exc import DatabaseError
 
-        for left in range(5, -1, -1):
+        for left in range(10, -1, -1):
             try:
                 storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine(url))
                 return optuna.create_study(
@@ -94,9 +95,10 @@ class Study:
                     load_if_exists=True,
                     sampler=optuna.samplers.RandomSampler(seed=0),
                 )
-            except (OperationalError, ProgrammingError) as error:
+            except (DatabaseError, optuna.exceptions.StorageInternalError) as error:
                 # Two processes that start at once both create the tables; the second finds them later.
-                if not left or not any(word in str(error) for word in ("already exists", "locked")):
+                cause = str(error.__cause__ or error).lower()
+                if not left or not any(word in cause for word in CREATING):
                     raise
                 time.sleep(0.2)
         raise AssertionError("unreachable")
