@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +36,14 @@ def longer_than(most: int) -> Callable[..., str | None]:
 class Form:
     """One way to compute an operator, with the definition's signature.
 
-    `why_not` gets the same arguments and returns None, or one sentence that says why it cannot run.
+    `why_not` gets the same arguments and returns None, or one sentence that says why it cannot run. A `fused`
+    form computes the public function as a whole, from the arguments as they came: see `Operator.fused`.
     """
 
     run: Callable[..., Any]
     why_not: Callable[..., str | None] = _always
     trains: bool = True
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,24 @@ class Operator:
         """For each form, in order of preference: None if it can run on these inputs, else why not."""
         return {n: form.why_not(*inputs, **options) for n, form in self.forms.items()}
 
+    def fused(self, form: str | None, *inputs: Any, **options: Any) -> Callable[..., Any] | None:
+        """The fused form that was asked for by name, or the first that can run; None if it is not one's turn.
+
+        The public function asks here after its checks, with its arguments as they came (what `why_not` of the
+        form takes), and returns what the form returns. Raises `NoUsableForm` as `run` does.
+        """
+        for name, candidate in self.forms.items():
+            if candidate.fused and form in (None, name):
+                reason = candidate.why_not(*inputs, **options)
+                if reason is None:
+                    return partial(self._call_fused, name, candidate.run)
+                if form == name:
+                    raise NoUsableForm(self.name, {name: reason})
+        return None
+
+    def _call_fused(self, form: str, run: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        return self._call(form, run, inputs, options)
+
     def run(self, form: str | None, *inputs: Any, **options: Any) -> Any:
         """Runs the named form, or the first that can; the definition is the last resort, with a warning."""
         if form is not None and form != "definition":
@@ -110,6 +131,8 @@ class Operator:
         rejected: dict[str, str] = {}
         if form is None:
             for name, candidate in self.forms.items():
+                if candidate.fused:
+                    continue
                 reason = candidate.why_not(*inputs, **options)
                 if reason is None:
                     return self._call(name, candidate.run, inputs, options)

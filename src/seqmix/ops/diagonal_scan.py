@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.kernels import diagonal_scan as native
+from seqmix.kernels import missing
 from seqmix.ops._arguments import check_not_positive, check_tensors
 from seqmix.ops._chunks import run_recurrence
 from seqmix.ops._operator import Case, Form, Operator, longer_than
@@ -44,7 +46,7 @@ def diagonal_scan(
         initial_state: h before the first token, [B, D]; zeros by default.
         output_final_state: whether to return h after the last token.
         cu_seqlens: boundaries [N+1] of N texts packed in one row (B = 1); states then have N rows.
-        form: forces one form (`recurrent`, `chunked`, `definition`).
+        form: forces one form (`native`, `recurrent`, `chunked`, `definition`).
 
     Returns:
         h [B, T, D] in the dtype of x, and the last h [B, D] in float32 (float64 for float64 inputs) or None.
@@ -60,6 +62,10 @@ def diagonal_scan(
     texts = in_rows("diagonal_scan", cu_seqlens, x)
     bound = {"R": texts.num_texts, "D": sizes["D"]}
     check_tensors("diagonal_scan", AXES, {"initial_state": initial_state}, **bound)
+
+    if compute := OPERATOR.fused(form, x, a, initial_state):
+        h, state = compute(x, a, initial_state, cu_seqlens)
+        return h, state if output_final_state else None
 
     dtype = x.dtype
     x, a, state = widen(x, a, initial_state)
@@ -166,6 +172,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
+        "native": Form(native.diagonal_scan, missing, fused=True),
         "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },

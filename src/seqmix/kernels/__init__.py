@@ -1,0 +1,5 @@
+"""Compiled kernels: what there is on this machine, and the functions on tensors that call it."""
+
+from seqmix.kernels._native import ISA, missing
+
+__all__ = ["ISA", "missing"]

@@ -1,0 +1,55 @@
+"""Compiled kernels as custom operators of PyTorch: seen by autograd, torch.compile and export.
+
+A kernel is a pair of functions on tensors: `run`, which allocates the results and calls the compiled code, and
+`fake`, which only gives their shapes. Gradients are joined to it by `differentiable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("seqmix", "FRAGMENT")
+
+
+def custom_operator(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers `torch.ops.seqmix.NAME` for the CPU and returns it; `schema` is "NAME(arguments) -> results"."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CPU")
+    torch.library.register_fake(f"seqmix::{name}", fake, lib=_library)
+    return getattr(torch.ops.seqmix, name).default
+
+
+def differentiable(
+    operator: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    """Gives a custom operator its gradient: `backward(ctx, *gradients)` after `setup_context(ctx, inputs, output)`."""
+    name = str(operator).removesuffix(".default").replace(".", "::")
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+
+
+def columns_contiguous(tensor: Tensor) -> Tensor:
+    """The same values with neighbours along the last axis next to each other; other axes keep any stride."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def text_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    """`cu_seqlens` [N+1] as the kernels read it."""
+    return None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
+
+
+def filled(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The given state in float32, or zeros."""
+    if state is None:
+        return torch.zeros(shape, dtype=torch.float32, device=like.device)
+    return state.float()
