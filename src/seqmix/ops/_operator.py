@@ -144,11 +144,9 @@ class Operator:
         for record in _records:
             record.add((self.name, form))
         device = inputs[0].device.type
-        if not torch.amp.is_autocast_available(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return run(*inputs, **options)
-        with torch.autocast(
-            device, enabled=False
-        ):  # the public function has chosen the dtype already
+        with torch.autocast(device, enabled=False):  # the dtype is chosen already
             return run(*inputs, **options)
 
 
