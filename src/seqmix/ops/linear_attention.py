@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.kernels import linear_attention as native
+from seqmix.kernels import missing
 from seqmix.ops._arguments import check_not_positive, check_tensors
 from seqmix.ops._chunks import (
     decay_matrix,
@@ -66,7 +68,7 @@ def linear_attention(
         initial_state: S before the first token, [B, H, K, V]; zeros by default.
         output_final_state: whether to return S after the last token.
         cu_seqlens: boundaries [N+1] of N texts packed in one row (B = 1); states then have N rows.
-        form: forces one form (`recurrent`, `chunked`, `parallel`, `definition`).
+        form: forces one form (`native`, `recurrent`, `chunked`, `parallel`, `definition`).
 
     Returns:
         o [B, T, H, V] in the dtype of v, and S [B, H, K, V] in float32 (float64 for float64 inputs) or None.
@@ -84,6 +86,11 @@ def linear_attention(
     columns = sizes["V"] + normalize
     bound = {"R": texts.num_texts, "H": sizes["H"], "K": sizes["K"], "V": columns}
     check_tensors("linear_attention", AXES, {"initial_state": initial_state}, **bound)
+
+    inputs, options = (q, k, v, g, initial_state), {"scale": scale, "normalize": normalize}
+    if compute := OPERATOR.fused(form, *inputs):
+        o, state = compute(*inputs, **options, cu_seqlens=cu_seqlens)
+        return o, state if output_final_state else None
 
     dtype = v.dtype
     q, k, v, g, state = widen(q, k, v, g, initial_state)
@@ -158,6 +165,15 @@ def parallel(
     return chunked(q, k, v, g, state, chunk=-(-q.shape[1] // 64) * 64)
 
 
+def native_lacks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None
+) -> str | None:
+    """Why the compiled kernel cannot run, or None."""
+    if g is not None and g.ndim == 4:
+        return "the compiled kernel takes one decay per head, not one per key dimension"
+    return missing(q, k, v, g, state)
+
+
 def sample(case: Case, generator: Generator) -> dict[str, Any]:
     """Random inputs in the legal range, as arguments of `linear_attention`."""
 
@@ -207,6 +223,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
+        "native": Form(native.linear_attention, native_lacks, fused=True),
         "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
         "parallel": Form(parallel),

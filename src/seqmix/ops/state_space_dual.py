@@ -19,6 +19,8 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import widen
+from seqmix.kernels import missing
+from seqmix.kernels import state_space_dual as native
 from seqmix.ops._arguments import check_tensors
 from seqmix.ops._chunks import decay_matrix, from_chunks, into_chunks, running_total
 from seqmix.ops._operator import Case, Form, Operator, longer_than
@@ -69,7 +71,7 @@ def state_space_dual(
         initial_state: h before the first token, [B, H, N, P]; zeros by default.
         output_final_state: whether to return h after the last token.
         cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
-        form: forces one form (`recurrent`, `chunked`, `definition`).
+        form: forces one form (`native`, `recurrent`, `chunked`, `definition`).
 
     Returns:
         y [B, T, H, P] in the dtype of x, and h [B, H, N, P] in float32 (float64 for float64 inputs) or None.
@@ -91,6 +93,19 @@ def state_space_dual(
     texts = in_rows("state_space_dual", cu_seqlens, x)
     bound = {"R": texts.num_texts, "H": sizes["H"], "N": sizes["N"], "P": sizes["P"]}
     check_tensors("state_space_dual", AXES, {"initial_state": initial_state}, **bound)
+
+    if fused := OPERATOR.fused(form, x, dt, A, B, C, D, dt_bias, initial_state):
+        if not dt_softplus:
+            bias = None if dt_bias is None else dt_bias.float()
+            dt = step_size("state_space_dual", "dt", dt.float(), bias, softplus=False)
+            dt_bias = None
+        y, state = fused(
+            *(x, dt, A, B, C, D, dt_bias, initial_state),
+            softplus=dt_softplus,
+            negative_eigenvalues=negative_eigenvalues,
+            cu_seqlens=cu_seqlens,
+        )
+        return y, state if output_final_state else None
 
     dtype = x.dtype
     x, dt, A, B, C, D, dt_bias, state = widen(x, dt, A, B, C, D, dt_bias, initial_state)
@@ -252,6 +267,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
+        "native": Form(native.state_space_dual, missing, fused=True),
         "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },
