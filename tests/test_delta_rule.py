@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from seqmix.core.errors import RangeError
+from seqmix.kernels import missing
 from seqmix.ops import delta_rule
 
-FORMS = ["chunked", "definition"]
+FORMS = ["chunked", "definition", *([] if missing() else ["native"])]
 
 
 def unit_keys(*shape):

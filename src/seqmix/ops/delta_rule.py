@@ -20,6 +20,8 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import RangeError
 from seqmix.core.numerics import widen
+from seqmix.kernels import delta_rule as native
+from seqmix.kernels import missing
 from seqmix.ops._arguments import check_not_positive, check_tensors
 from seqmix.ops._chunks import (
     decay_matrix,
@@ -73,7 +75,7 @@ def delta_rule(
         initial_state: S before the first token, [B, H, K, V]; zeros by default.
         output_final_state: whether to return S after the last token.
         cu_seqlens: boundaries [N+1] (in tokens) of N texts packed in one row (B = 1); states then have N rows.
-        form: forces one form (`recurrent`, `chunked`, `definition`).
+        form: forces one form (`native`, `recurrent`, `chunked`, `definition`).
 
     Returns:
         o [B, T, H, V] in the dtype of v, and S [B, H, K, V] in float32 (float64 for float64 inputs) or None.
@@ -94,6 +96,16 @@ def delta_rule(
     texts = in_rows("delta_rule", cu_seqlens, q)
     bound = {"R": texts.num_texts, "H": sizes["H"], "K": sizes["K"], "V": sizes["V"]}
     check_tensors("delta_rule", AXES, {"initial_state": initial_state}, **bound)
+
+    if compute := OPERATOR.fused(form, q, k, v, beta, g, initial_state):
+        o, state = compute(
+            *(q, k, v, beta, g, initial_state),
+            steps=steps,
+            scale=scale,
+            qk_l2norm=qk_l2norm,
+            cu_seqlens=cu_seqlens,
+        )
+        return o, state if output_final_state else None
 
     dtype = v.dtype
     q, k, v, beta, g, state = widen(q, k, v, beta, g, initial_state)
@@ -276,6 +288,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
+        "native": Form(native.delta_rule, missing, fused=True),
         "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },
