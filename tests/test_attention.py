@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqmix.core.errors import RangeError, ShapeError
-from seqmix.ops import attention
+from seqmix.core.errors import NoUsableForm, RangeError, ShapeError
+from seqmix.kernels import missing
+from seqmix.ops import attention, record_forms
+
+compiled = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 class LargestResult(TorchDispatchMode):
@@ -46,6 +49,82 @@ def test_decoding_copies_no_keys(options):
     assert (
         largest.entries < k.numel() // 2
     )  # the scores of all heads, and nothing of the keys' size
+
+
+@compiled
+def test_a_cache_in_bfloat16_is_not_widened():
+    store = normal(2, 5000, 2, 16).bfloat16()
+    k = v = store[:, :4097]
+    q = normal(2, 1, 4, 16).bfloat16()
+    with torch.no_grad(), LargestResult((store, q)) as largest:
+        attention(q, k, v)
+    assert largest.entries < k.numel() // 8
+
+
+@compiled
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("head_major", [False, True])
+def test_pieces_of_the_keys_merge_wherever_they_are_cut(queries, width, head_major):
+    q = normal(3, queries, 6, width)
+    k, v = normal(3, 1700, 2, width), normal(3, 1700, 2, width)
+    if head_major:
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    exact = attention(q.double(), k.double(), v.double(), form="definition").float()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(attention(q, k, v, form="native"), exact)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 40, "sinks": 3}])
+def test_packed_texts_of_any_length_are_read_in_one_call(options):
+    lengths = torch.tensor([1, 0, 63, 64, 65, 200, 0, 0, 130, 7, 0])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    q, k, v = (normal(1, int(bounds[-1]), heads, 16) for heads in (6, 2, 2))
+    exact = [
+        attention(*texts, **options, form="blocked")
+        for texts in zip(
+            *(x.split(lengths[lengths > 0].tolist(), 1) for x in (q, k, v)), strict=True
+        )
+    ]
+    packed = attention(q, k, v, **options, cu_seqlens=bounds, form="native")
+    torch.testing.assert_close(packed, torch.cat(exact, dim=1))
+
+
+@compiled
+def test_where_a_gradient_is_wanted_the_compiled_form_steps_back():
+    q, k, v = (normal(1, 9, 2, 8) for _ in range(3))
+    with record_forms() as ran:
+        attention(q, k, v)
+    assert ran == {("attention", "native")}
+    q.requires_grad_()
+    with record_forms() as ran:
+        attention(q, k, v).sum().backward()
+    assert ("attention", "native") not in ran
+    with pytest.raises(NoUsableForm, match="no backward pass"):
+        attention(q, k, v, form="native")
+
+
+@compiled
+def test_what_is_not_a_number_stays_so():
+    q, k, v = (normal(1, 100, 2, 8) for _ in range(3))
+    q[0, 50] = torch.nan
+    o = attention(q, k, v, form="native")
+    assert o[0, 50].isnan().all()
+    assert o[0, :50].isfinite().all()
+    assert o[0, 51:].isfinite().all()
+
+
+@compiled
+def test_the_compiled_operator_describes_itself():
+    q, k, v = normal(1, 5, 4, 8), normal(1, 9, 2, 8), normal(1, 9, 2, 12)
+    arguments = (q, k, v, None, None, None, True, -1, 0, 0.3)
+    torch.library.opcheck(torch.ops.seqmix.attention.default, arguments)
 
 
 @pytest.mark.parametrize("form", ["sdpa", "blocked"])

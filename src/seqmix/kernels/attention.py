@@ -1,0 +1,93 @@
+"""Softmax attention, compiled: decoding split over the keys, many queries in blocks (csrc/attention.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqmix.kernels._custom import columns_contiguous, custom_operator, text_bounds
+from seqmix.kernels._native import native
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+    first: int,
+    scale: float,
+) -> Tensor:
+    """o [B, T, H, V] in the dtype of v, of q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V].
+
+    `bias` broadcasts to [B, H, T, S]; `logits` [H] join the denominators; the keys before `first` are seen
+    beyond the `window`. Keys and values are read where they lie; only two dtypes are joined in float32.
+    """
+    dtype = v.dtype
+    if k.dtype != v.dtype:
+        k, v = k.float(), v.float()
+    if bias is not None:
+        bias = bias.float().expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    o = _attention(
+        q,
+        k,
+        v,
+        bias,
+        None if logits is None else logits.float(),
+        text_bounds(cu_seqlens),
+        causal,
+        -1 if window is None else window,
+        first,
+        scale,
+    )
+    return o.to(dtype)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    bounds: Tensor | None,
+    causal: bool,
+    window: int,
+    first: int,
+    scale: float,
+) -> Tensor:
+    q, k, v = (columns_contiguous(tensor) for tensor in (q, k, v))
+    o = _fake(q, k, v, bias, logits, bounds, causal, window, first, scale)
+    threads = torch.get_num_threads()
+    room = native.attention_workspace(q, k, v, bounds, threads)
+    workspace = torch.empty(room, dtype=torch.float32)
+    native.attention(
+        q, k, v, bias, logits, bounds, o, workspace, causal, window, first, scale, threads
+    )
+    return o
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    bounds: Tensor | None,
+    causal: bool,
+    window: int,
+    first: int,
+    scale: float,
+) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+_attention = custom_operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? logits, Tensor? bounds, bool causal,"
+    " int window, int first, float scale) -> Tensor",
+    _run,
+    _fake,
+)
