@@ -93,7 +93,8 @@ __attribute__((noinline)) inline void matmul(int64_t rows, int64_t columns, int6
 }
 
 // to[j, i] = from[i, j] for whole blocks of WIDTH x WIDTH; both are padded to whole blocks.
-inline void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
+template <class From, class To>
+inline void transpose_block(const From* from, int64_t from_row, To* to, int64_t to_row) {
     Integers low, high;
     for (int i = 0; i < WIDTH / 2; ++i) {
         low[2 * i] = i, low[2 * i + 1] = i + WIDTH;

@@ -99,12 +99,11 @@ inline void store_part(T* to, Vector x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) from_float(values[i], to[i]);
 }
 
-inline Vector choose(Integers condition, Vector yes, Vector no) {
-    return (Vector)(((Bits)condition & (Bits)yes) | (~(Bits)condition & (Bits)no));
-}
+inline Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 
-inline Vector maximum(Vector x, Vector y) { return choose(x > y, x, y); }
-inline Vector minimum(Vector x, Vector y) { return choose(x < y, x, y); }
+// Written with the comparison inside, which compilers turn into one instruction.
+inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
+inline Vector minimum(Vector x, Vector y) { return x < y ? x : y; }
 
 inline float sum(Vector x) {
     float values[WIDTH], total = 0;

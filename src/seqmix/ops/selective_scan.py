@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.kernels import missing
+from seqmix.kernels import selective_scan as native
 from seqmix.ops._arguments import check_tensors
 from seqmix.ops._chunks import run_recurrence
 from seqmix.ops._operator import Case, Form, Operator, longer_than
@@ -69,7 +71,7 @@ def selective_scan(
         initial_state: h before the first token, [B, E, N]; zeros by default.
         output_final_state: whether to return h after the last token.
         cu_seqlens: boundaries [R+1] of R texts packed in one row (B = 1); states then have R rows.
-        form: forces one form (`recurrent`, `chunked`, `definition`).
+        form: forces one form (`native`, `recurrent`, `chunked`, `definition`).
 
     Returns:
         y [B, T, E] in the dtype of u, and h [B, E, N] in float32 (float64 for float64 inputs) or None.
@@ -122,6 +124,13 @@ def scan(
     texts = in_rows(operator.name, cu_seqlens, u)
     bound = {"R": texts.num_texts, "E": sizes["E"], "N": sizes["N"]}
     check_tensors(operator.name, AXES, {"initial_state": initial_state}, **bound)
+
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if fused := operator.fused(form, *given, delta_softplus=delta_softplus, cu_seqlens=cu_seqlens):
+        if not delta_softplus:
+            step_size(operator.name, "delta", delta.detach(), delta_bias, softplus=False)
+        y, state = fused(*given, delta_softplus=delta_softplus, cu_seqlens=cu_seqlens)
+        return y, state if output_final_state else None
 
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, state = widen(
@@ -305,6 +314,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
+        "native": Form(native.selective_scan, missing, fused=True),
         "recurrent": Form(definition, longer_than(SHORT)),
         "chunked": Form(chunked),
     },

@@ -12,9 +12,9 @@ from functools import partial
 
 from torch import Tensor
 
-from seqmix.ops._operator import Case, Form
+from seqmix.ops._operator import Case
 from seqmix.ops.selective_scan import OPERATOR as UNSIGNED
-from seqmix.ops.selective_scan import SIZES, chunked, definition, scan
+from seqmix.ops.selective_scan import SIZES, definition, scan
 
 
 def signed_selective_scan(
@@ -64,8 +64,8 @@ OPERATOR = replace(
     source="Grazzi et al. 2024 (arXiv:2411.12537)",
     definition=partial(definition, negative=True),
     forms={
-        name: Form(partial(run, negative=True), UNSIGNED.forms[name].why_not)
-        for name, run in (("recurrent", definition), ("chunked", chunked))
+        name: replace(form, run=partial(form.run, negative=True))
+        for name, form in UNSIGNED.forms.items()
     },
     cases=[
         Case("flips", {**SIZES, "T": 70}, {"bias": 1.0}),
