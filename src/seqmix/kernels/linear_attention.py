@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seqmix.kernels._custom import filled, text_bounds
 from seqmix.kernels._scalar_attention import scalar_attention
+from seqmix.kernels._vector_attention import vector_attention
 
 EPSILON = 1e-10  # keeps an empty normaliser from dividing by zero
 
@@ -30,10 +31,13 @@ def linear_attention(
     texts = v.shape[0] if bounds is None else len(bounds) - 1
     state = filled(state, (texts, v.shape[2], q.shape[3], v.shape[3]), v)
     factor = 1.0 if normalize else q.shape[3] ** -0.5 if scale is None else scale
-    if q.dtype != k.dtype:
-        q, k = q.float(), k.float()
-    g = None if g is None else g.float()
-    o, state = scalar_attention(q, k, v, g, None, None, None, None, state, bounds, factor)
+    if g is not None and g.ndim == 4:
+        o, state = vector_attention(q, k, v, g, state, bounds, factor)
+    else:
+        if q.dtype != k.dtype:
+            q, k = q.float(), k.float()
+        g = None if g is None else g.float()
+        o, state = scalar_attention(q, k, v, g, None, None, None, None, state, bounds, factor)
     if normalize:
         o = (o[..., :width] / (o[..., width:] + EPSILON)).to(dtype)
     return o, state
