@@ -92,16 +92,14 @@ __attribute__((noinline)) inline void matmul(int64_t rows, int64_t columns, int6
     if (i < rows) run(Rows<1>{}, i);
 }
 
-// to[j, i] = from[i, j] for whole blocks of WIDTH x WIDTH; both are padded to whole blocks.
-template <class From, class To>
-inline void transpose_block(const From* from, int64_t from_row, To* to, int64_t to_row) {
+// Lane j of vector i becomes lane i of vector j.
+inline void transpose_vectors(Vector (&now)[WIDTH]) {
     Integers low, high;
     for (int i = 0; i < WIDTH / 2; ++i) {
         low[2 * i] = i, low[2 * i + 1] = i + WIDTH;
         high[2 * i] = i + WIDTH / 2, high[2 * i + 1] = i + WIDTH / 2 + WIDTH;
     }
-    Vector now[WIDTH], next[WIDTH];
-    for (int i = 0; i < WIDTH; ++i) now[i] = load(from + i * from_row);
+    Vector next[WIDTH];
     // Each pass interleaves the two halves of the rows; after log2(WIDTH) passes rows are columns.
     for (int pass = 1; pass < WIDTH; pass *= 2) {
         for (int i = 0; i < WIDTH / 2; ++i) {
@@ -110,7 +108,15 @@ inline void transpose_block(const From* from, int64_t from_row, To* to, int64_t 
         }
         for (int i = 0; i < WIDTH; ++i) now[i] = next[i];
     }
-    for (int i = 0; i < WIDTH; ++i) store(to + i * to_row, now[i]);
+}
+
+// to[j, i] = from[i, j] for whole blocks of WIDTH x WIDTH; both are padded to whole blocks.
+template <class From, class To>
+inline void transpose_block(const From* from, int64_t from_row, To* to, int64_t to_row) {
+    Vector lines[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) lines[i] = load(from + i * from_row);
+    transpose_vectors(lines);
+    for (int i = 0; i < WIDTH; ++i) store(to + i * to_row, lines[i]);
 }
 
 // to[j, i] = from[i, j] for i < rows, j < columns. Both blocks must extend to whole vectors in rows and columns.
