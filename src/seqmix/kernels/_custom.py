@@ -53,3 +53,19 @@ def filled(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor
     if state is None:
         return torch.zeros(shape, dtype=torch.float32, device=like.device)
     return state.float()
+
+
+def empty_in_layout(tensor: Tensor) -> Tensor:
+    """A new [B, T, D], time contiguous if it is so in the given one."""
+    batch, length, width = tensor.shape
+    if tensor.stride(1) == 1 and tensor.stride(2) != 1:
+        return tensor.new_empty((batch, width, length)).transpose(1, 2)
+    return tensor.new_empty(tensor.shape)
+
+
+def sum_rows(parts: Tensor) -> Tensor:
+    """The sum over the first axis, in its order whatever the number of threads."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total

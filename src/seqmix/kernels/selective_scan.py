@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import custom_operator, differentiable, text_bounds
+from seqmix.kernels._custom import (
+    custom_operator,
+    differentiable,
+    empty_in_layout,
+    sum_rows,
+    text_bounds,
+)
 from seqmix.kernels._native import native
 
 # As in the C++ source: tokens between kept states, channels of a task, and states of a vector.
@@ -98,15 +104,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     last = A.new_empty((_num_texts(u, bounds), *A.shape))
     borders = A.new_empty(_borders(u, A, B, bounds) if keep else (0,))
-    return _empty_like(u), last, borders
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    """A new [B, T, E], time contiguous if it is in the given one."""
-    batch, length, channels = tensor.shape
-    if tensor.stride(1) == 1 and tensor.stride(2) != 1:
-        return tensor.new_empty((batch, channels, length)).transpose(1, 2)
-    return tensor.new_empty(tensor.shape)
+    return empty_in_layout(u), last, borders
 
 
 def _num_texts(u: Tensor, bounds: Tensor | None) -> int:
@@ -147,8 +145,8 @@ def _run_backward(
     D, bias = (None if x is None else x.contiguous() for x in (D, bias))
     texts, (batch, length, channels), (groups, states) = _num_texts(u, bounds), u.shape, B.shape[2:]
     threads = torch.get_num_threads()
-    grad_u, grad_delta = _empty_like(u), _empty_like(delta)
-    grad_z = None if z is None else _empty_like(z)
+    grad_u, grad_delta = empty_in_layout(u), empty_in_layout(delta)
+    grad_z = None if z is None else empty_in_layout(z)
     grad_state, grad_A = A.new_empty((texts, *A.shape)), A.new_empty((texts, *A.shape))
     grad_channels = A.new_empty((texts, 2, channels))
     parts = max(1, min(_pieces(A, B), PARTS // texts))
@@ -168,15 +166,15 @@ def _run_backward(
         threads,
     )
     grad_B, grad_C = (
-        _sum_rows(grad_maps[:, which]).to(maps.dtype).view(batch, length, groups, states)
+        sum_rows(grad_maps[:, which]).to(maps.dtype).view(batch, length, groups, states)
         for which, maps in enumerate((B, C))
     )
-    grad_bias, grad_D = _sum_rows(grad_channels).unbind(0)
+    grad_bias, grad_D = sum_rows(grad_channels).unbind(0)
     absent = A.new_empty(0)
     return (
         grad_u,
         grad_delta,
-        _sum_rows(grad_A),
+        sum_rows(grad_A),
         grad_B,
         grad_C,
         absent if D is None else grad_D.clone(),
@@ -184,14 +182,6 @@ def _run_backward(
         absent.clone() if bias is None else grad_bias.clone(),
         grad_state,
     )
-
-
-def _sum_rows(parts: Tensor) -> Tensor:
-    """The sum over the first axis, in its order whatever the number of threads."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 def _fake_backward(
@@ -211,13 +201,13 @@ def _fake_backward(
     negative: bool,
 ) -> tuple[Tensor, ...]:
     return (
-        _empty_like(u),
-        _empty_like(delta),
+        empty_in_layout(u),
+        empty_in_layout(delta),
         A.new_empty(A.shape),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
         A.new_empty(0 if D is None else A.shape[:1]),
-        u.new_empty(0) if z is None else _empty_like(z),
+        u.new_empty(0) if z is None else empty_in_layout(z),
         A.new_empty(0 if bias is None else A.shape[:1]),
         A.new_empty((_num_texts(u, bounds), *A.shape)),
     )

@@ -19,6 +19,8 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.numerics import widen
+from seqmix.kernels import missing
+from seqmix.kernels import short_convolution as native
 from seqmix.ops._arguments import check_tensors
 from seqmix.ops._operator import Case, Form, Operator
 from seqmix.ops._packing import Packing, in_rows
@@ -49,7 +51,7 @@ def short_convolution(
         initial_state: the W-1 inputs before the first token, oldest first, [B, W-1, D]; zeros by default.
         output_final_state: whether to return the last W-1 inputs.
         cu_seqlens: boundaries [N+1] of N texts packed in one row (B = 1); states then have N rows.
-        form: forces one form (`shifted`, `conv1d`, `definition`).
+        form: forces one form (`native`, `shifted`, `conv1d`, `definition`).
 
     Returns:
         y [B, T, D] in the dtype of x, and the history [B, W-1, D] in float32 (float64 for float64 inputs)
@@ -75,6 +77,11 @@ def short_convolution(
     texts = in_rows("short_convolution", cu_seqlens, x)
     bound = {"R": texts.num_texts, "J": window - 1, "D": sizes["D"]}
     check_tensors("short_convolution", AXES, {"initial_state": initial_state}, **bound)
+
+    given, options = (x, weight, bias, initial_state), {"activation": activation}
+    if fused := OPERATOR.fused(form, *given, **options):
+        y, state = fused(*given, **options, cu_seqlens=cu_seqlens)
+        return y, state if output_final_state else None
 
     dtype = x.dtype
     x, weight, bias, history = widen(x, weight, bias, initial_state)
@@ -186,6 +193,7 @@ OPERATOR = Operator(
     axes=AXES,
     definition=definition,
     forms={
+        "native": Form(native.short_convolution, missing, fused=True),
         "shifted": Form(
             shifted,
             lambda extended, weight: (
