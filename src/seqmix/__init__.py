@@ -6,6 +6,7 @@
     seqmix.generate(model, prompt)           text
     seqmix.load(model)                       a trained or pretrained model and its tokenizer
     seqmix.reproduce(claim)                  a paper's claim, measured here
+    seqmix.accelerate(model)                 a Hugging Face hybrid model on the operators of this package
     seqmix.ops, seqmix.mixers                the parts
 
 Everything is loaded on first use, so importing the package costs next to nothing.
@@ -23,6 +24,7 @@ from seqmix.models.registration import register_with_transformers
 if TYPE_CHECKING:
     from seqmix import mixers, ops
     from seqmix.claims import reproduce
+    from seqmix.convert.accelerate import accelerate
     from seqmix.generate import generate
     from seqmix.measure.compare import compare
     from seqmix.models.pretrained import load
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FUNCTIONS = {  # public name -> the module that has it
+    "accelerate": "seqmix.convert.accelerate",
     "compare": "seqmix.measure.compare",
     "evaluate": "seqmix.train",
     "generate": "seqmix.generate",
@@ -42,6 +45,7 @@ _PACKAGES = ("mixers", "ops")
 
 __all__ = [
     "__version__",
+    "accelerate",
     "compare",
     "evaluate",
     "generate",

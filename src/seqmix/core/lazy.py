@@ -12,15 +12,18 @@ from types import ModuleType
 class _AfterImport:
     """A finder that finds nothing itself: it adds `callback` to the loader that the others find."""
 
-    def __init__(self, module: str, callback: Callable[[], object]) -> None:
-        self.module = module
+    def __init__(
+        self, wanted: Callable[[str], bool], callback: Callable[[ModuleType], object], *, once: bool
+    ) -> None:
+        self.wanted = wanted
         self.callback = callback
+        self.once = once
         self.is_searching = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self.module or self.is_searching:
+        if self.is_searching or not self.wanted(name):
             return None
         self.is_searching = True
         try:
@@ -34,11 +37,16 @@ class _AfterImport:
         def execute_and_call(module: ModuleType) -> None:
             execute(module)
             if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                self.callback()
+                if self.once:
+                    self.stop()
+                self.callback(module)
 
         spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec
+
+    def stop(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 def when_imported(module: str, callback: Callable[[], object]) -> None:
@@ -47,4 +55,15 @@ def when_imported(module: str, callback: Callable[[], object]) -> None:
     if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
         callback()
         return
-    sys.meta_path.insert(0, _AfterImport(module, callback))
+    sys.meta_path.insert(
+        0, _AfterImport(lambda name: name == module, lambda _: callback(), once=True)
+    )
+
+
+def after_imports(
+    wanted: Callable[[str], bool], callback: Callable[[ModuleType], object]
+) -> Callable[[], None]:
+    """Calls `callback(module)` right after each import of a module of a wanted name; returns how to stop that."""
+    finder = _AfterImport(wanted, callback, once=False)
+    sys.meta_path.insert(0, finder)
+    return finder.stop

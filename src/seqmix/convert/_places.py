@@ -1,0 +1,96 @@
+"""Where in a modelling module our operators go in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+
+from seqmix.convert._functions import REPLACEMENTS, Function, Replacement
+from seqmix.convert._inline import lightning_attention, rwkv_linear_attention
+from seqmix.convert._texts import hand_on, remember
+
+_RWKV = Replacement(
+    "diagonal_scan", rwkv_linear_attention, ("time_decay", "time_first", "key", "value", "state")
+)
+_FUNCTIONS: Mapping[str, Replacement] = {**REPLACEMENTS, "rwkv_linear_attention": _RWKV}
+_FORWARDS: Mapping[str, Replacement] = {  # class -> its forward
+    "MiniMaxLightningAttention": Replacement(
+        "linear_attention",
+        lightning_attention,
+        ("self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attribute of a module or class, and what makes its replacement from what stands there."""
+
+    owner: Any
+    name: str
+    make: Callable[[Function], Function]
+    operator: str = ""  # none for what only helps the others
+
+    @property
+    def label(self) -> str:
+        return self.name if inspect.ismodule(self.owner) else f"{self.owner.__name__}.{self.name}"
+
+
+def places(module: ModuleType) -> Iterator[Place]:
+    """The places of a modelling module whose functions are the known ones, with the parameters that we know."""
+    known = set()
+    for name, replacement in _FUNCTIONS.items():
+        if _is_known(vars(module).get(name), replacement):
+            known.add(name)
+            yield Place(module, name, replacement.make, replacement.operator)
+    for layer in _layers(module):
+        replacement = _FORWARDS.get(layer.__name__)
+        if replacement is not None and _is_known(layer.forward, replacement):
+            known.add(layer.__name__)
+            yield Place(layer, "forward", replacement.make, replacement.operator)
+        elif known and (
+            issubclass(layer, (PreTrainedModel, GradientCheckpointingLayer))
+            or known & set(called_names(layer))
+        ):
+            yield Place(layer, "forward", remember)
+    if known:
+        for layer in _layers(module):
+            if issubclass(layer, GradientCheckpointingLayer) and _takes_anything(layer.forward):
+                yield Place(layer, "__call__", hand_on)
+
+
+def _layers(module: ModuleType) -> list[type[nn.Module]]:
+    """The layers written in the module that have a forward of their own."""
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and value.__module__ == module.__name__
+        and "forward" in vars(value)
+    ]
+
+
+def called_names(layer: type[nn.Module]) -> tuple[str, ...]:
+    """The names that the forward of a layer's class uses, in the order of its code."""
+    code = getattr(inspect.unwrap(layer.forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _is_known(function: Any, replacement: Replacement) -> bool:
+    if not callable(function):
+        return False
+    parameters = tuple(inspect.signature(function).parameters)
+    return parameters[: len(replacement.parameters)] == replacement.parameters
+
+
+def _takes_anything(function: Any) -> bool:
+    kinds = (parameter.kind for parameter in inspect.signature(function).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
