@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 import sys
 import types
 
@@ -11,7 +12,8 @@ import torch
 import transformers
 
 import seqmix
-from seqmix.convert import accelerate as module
+from seqmix.convert._functions import REPLACEMENTS
+from seqmix.convert._places import places
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import assert_as_accurate, assert_equal_within, relative_error
 
@@ -288,6 +290,14 @@ def test_packed_texts_are_kept_apart(name, told_by):
         model.zero_grad()
         return found
 
+    if (
+        name == "granitemoehybrid"
+    ):  # its attention is not told the places: give it the mask of the texts
+        same = texts.unsqueeze(-1) == texts.unsqueeze(-2)
+        borders["attention_mask"] = {
+            "full_attention": same.tril().unsqueeze(1),
+            "linear_attention": None,
+        }
     weight = torch.randn(1, sum(lengths), VOCABULARY)
     with seqmix.accelerate(model):
         model.zero_grad()
@@ -301,3 +311,102 @@ def test_packed_texts_are_kept_apart(name, told_by):
     assert_equal_within(packed, apart, what="logits")
     for what, gradient in got.items():
         assert_equal_within(gradient, wanted[what], what=what, tolerance=1e-4)
+
+
+def modelling(family):
+    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpointed_training_keeps_packed_texts_apart():
+    model = copy.deepcopy(build("mamba")).train()  # drops the borders on the way to its mixers
+    inputs = {"input_ids": tokens(1, 12), "seq_idx": torch.tensor([[0] * 5 + [1] * 7])}
+    with seqmix.accelerate(model):
+        wanted = train(model, **inputs)
+        wanted = {what: tensor.detach().clone() for what, tensor in wanted.items()}
+        for reentrant in (True, False):
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            for what, tensor in train(model, **inputs).items():
+                assert_equal_within(tensor, wanted[what], what=what)
+
+
+def test_what_was_replaced_comes_back():
+    mamba = modelling("mamba")
+    scan, forward = mamba.mamba_selective_scan, mamba.MambaMixer.forward
+    first = seqmix.accelerate(build("mamba"))
+    ours = mamba.mamba_selective_scan
+    assert ours is not scan
+    with seqmix.accelerate(build("mamba")) as second:  # changes nothing more
+        assert mamba.mamba_selective_scan is ours
+        assert second.replaced == first.replaced
+        assert {place.operator for place in second.replaced} == {
+            "short_convolution",
+            "selective_scan",
+        }
+    assert mamba.mamba_selective_scan is ours
+    first.undo()
+    first.undo()
+    assert mamba.mamba_selective_scan is scan
+    assert mamba.MambaMixer.forward is forward
+    assert "__call__" not in vars(mamba.MambaBlock)
+    assert not first.replaced
+
+
+def test_only_the_modules_of_the_model_change():
+    jamba = modelling("jamba").mamba_selective_scan
+    with seqmix.accelerate(build("mamba")):
+        assert modelling("jamba").mamba_selective_scan is jamba
+
+
+def test_models_imported_later_are_replaced_too():
+    name = "transformers.models.falcon_mamba.modeling_falcon_mamba"
+    module = modelling("falcon_mamba")
+    reference = module.mamba_selective_scan
+    with seqmix.accelerate() as handle:
+        assert module.mamba_selective_scan is not reference
+        del sys.modules[name]
+        try:
+            again = importlib.import_module(name)
+            assert again is not module
+            assert again.mamba_selective_scan.__module__ == name
+            assert inspect.unwrap(again.mamba_selective_scan) is not again.mamba_selective_scan
+            replaced = [place for place in handle.replaced if place.module == name]
+            assert len(replaced) == 2 * len({place.name for place in replaced})
+        finally:
+            sys.modules[name] = module
+            sys.modules["transformers.models.falcon_mamba"].modeling_falcon_mamba = module
+    assert module.mamba_selective_scan is reference
+    assert not any("_AfterImport" in type(finder).__name__ for finder in sys.meta_path)
+
+
+def test_a_function_with_other_parameters_is_left_alone():
+    module = types.ModuleType("transformers.models.other.modeling_other")
+    module.causal_conv1d_fn = lambda x, weight: x
+    assert list(places(module)) == []
+
+
+def test_a_model_without_such_functions_is_said_to_have_none():
+    with pytest.warns(UserWarning, match="calls none of the functions"):
+        handle = seqmix.accelerate(torch.nn.Linear(2, 2))
+    assert handle.replaced == []
+
+
+def test_borders_must_fit_the_tokens():
+    with (
+        seqmix.accelerate(build("mamba")),
+        pytest.raises(ShapeError, match=r"`seq_idx` has shape \[1, 3\]"),
+    ):
+        build("mamba")(tokens(1, 5), seq_idx=torch.zeros(1, 3), use_cache=False)
+
+
+@pytest.mark.parametrize("name", sorted(REPLACEMENTS))
+def test_tensors_elsewhere_go_where_transformers_sends_them(name):
+    """What a GPU gets, as far as a machine without one can tell: tensors on the meta device stand for it."""
+    calls = []
+    reference = functools.partial(lambda *args, **kwargs: calls.append((args, kwargs)))
+    reference.__name__ = name
+    ours = REPLACEMENTS[name].make(reference)
+    arguments = [torch.empty(1, 2, 3, device="meta") for _ in REPLACEMENTS[name].parameters]
+    ours(*arguments, 64) if name == "mamba2_chunk_scan" else ours(*arguments)
+    [(args, _)] = calls
+    assert all(given is wanted for given, wanted in zip(args, arguments, strict=False))

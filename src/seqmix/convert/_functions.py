@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from transformers.activations import ACT2FN
 
-from seqmix import ops
 from seqmix.convert._texts import bounds_of, last_of_rows, one_row
+from seqmix.ops.delta_rule import delta_rule
+from seqmix.ops.selective_scan import selective_scan
+from seqmix.ops.short_convolution import short_convolution
+from seqmix.ops.state_space_dual import state_space_dual
 
 Function = Callable[..., Any]
 _SILU = ("silu", "swish")
@@ -37,9 +40,7 @@ class Replacement:
 def computed_here(tensor: Tensor) -> bool:
     """Whether our operators compute with this tensor: a plain one on the CPU, in a model that is not exported."""
     return (
-        tensor.is_cpu
-        and type(tensor) in (Tensor, Parameter)
-        and not torch.compiler.is_exporting()
+        tensor.is_cpu and type(tensor) in (Tensor, Parameter) and not torch.compiler.is_exporting()
     )
 
 
@@ -63,7 +64,7 @@ def _causal_conv1d_fn(reference: Function) -> Function:
         bounds = bounds_of(kwargs, batch, length)
         x = hidden_states.transpose(1, 2)
         ours = activation is None or activation in _SILU
-        y, _ = ops.short_convolution(
+        y, _ = short_convolution(
             x if bounds is None else one_row(x),
             weight,
             bias,
@@ -108,28 +109,26 @@ def _mamba_selective_scan(reference: Function) -> Function:
             )
         batch, _, length = hidden_states.shape
         bounds = bounds_of(kwargs, batch, length)
-        tensors = [
-            None if tensor is None else tensor.transpose(1, 2)
-            for tensor in (hidden_states, dt, B, C, z)
-        ]
-        if bounds is not None:
-            tensors = [one_row(tensor) for tensor in tensors]
-        u, delta, B, C, z = tensors
-        y, state = ops.selective_scan(
-            u,
-            delta,
+
+        def turned(tensor: Tensor) -> Tensor:
+            tensor = tensor.transpose(1, 2)
+            return tensor if bounds is None else one_row(tensor)
+
+        y, state = selective_scan(
+            turned(hidden_states),
+            turned(dt),
             A,
-            B,
-            C,
+            turned(B),
+            turned(C),
             D,
-            z=z,
+            z=None if z is None else turned(z),
             delta_bias=delta_bias,
             delta_softplus=delta_softplus,
             output_final_state=return_last_state,
             cu_seqlens=bounds,
         )
         y = y.reshape(batch, length, -1).transpose(1, 2)
-        if not return_last_state:
+        if state is None:
             return y
         return y, state if bounds is None else last_of_rows(state, bounds, batch, length)
 
@@ -178,7 +177,7 @@ def _mamba2_chunk_scan(reference: Function) -> Function:
             dt_bias, dt_softplus = None, False
         if bounds is not None:
             x, dt, B, C = (one_row(tensor) for tensor in (x, dt, B, C))
-        y, state = ops.state_space_dual(
+        y, state = state_space_dual(
             x,
             dt,
             A,
@@ -192,7 +191,7 @@ def _mamba2_chunk_scan(reference: Function) -> Function:
             cu_seqlens=bounds,
         )
         y = y.reshape(hidden_states.shape).contiguous()  # callers take a view
-        if not return_final_states:
+        if state is None:
             return y
         if bounds is not None:
             state = last_of_rows(state, bounds, batch, length)
@@ -206,7 +205,13 @@ def _delta_rule(reference: Function, *, has_chunk: bool) -> Function:
 
     @wraps(reference)
     def gated_delta_rule(
-        query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *args: Any, **kwargs: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if not computed_here(query):
             return reference(query, key, value, g, beta, *args, **kwargs)
@@ -221,7 +226,7 @@ def _delta_rule(reference: Function, *, has_chunk: bool) -> Function:
         tensors = (query, key, value, beta, g)
         if bounds is not None:
             tensors = tuple(one_row(tensor) for tensor in tensors)
-        o, state = ops.delta_rule(
+        o, state = delta_rule(
             *tensors,
             qk_l2norm=options.get("use_qk_l2norm_in_kernel", False),
             initial_state=options.get("initial_state"),

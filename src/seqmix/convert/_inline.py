@@ -6,12 +6,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from seqmix import ops
 from seqmix.convert._functions import Function, computed_here
 from seqmix.convert._texts import bounds_of, one_row
+from seqmix.ops.diagonal_scan import diagonal_scan
+from seqmix.ops.linear_attention import linear_attention
 
 
 def rwkv_linear_attention(reference: Function) -> Function:
@@ -36,11 +36,10 @@ def rwkv_linear_attention(reference: Function) -> Function:
         w = -time_decay.float().exp()
         k, v = key.float(), value.float()
         if state is None:
-            zeros = torch.zeros_like(k[:, 0])
-            state_before = (zeros, zeros, zeros - 1e38)
+            numerator = denominator = torch.zeros_like(k[:, 0])
+            largest = numerator - 1e38
         else:
-            state_before = tuple(part.float() for part in state)
-        numerator, denominator, largest = state_before
+            numerator, denominator, largest = (part.float() for part in state)
         with torch.no_grad():
             steps = torch.arange(k.shape[1] + 1, dtype=torch.float64).unsqueeze(-1) * w
             begun = torch.cat([largest.unsqueeze(1), k - steps[1:]], dim=1).double()
@@ -48,7 +47,7 @@ def rwkv_linear_attention(reference: Function) -> Function:
             decay = (m[:, :-1] - m[:, 1:]).float()
             m = m.float()
         weight = (k - m[:, 1:]).exp()
-        scanned, _ = ops.diagonal_scan(
+        scanned, _ = diagonal_scan(
             torch.cat([weight * v, weight], dim=-1),
             (decay + w).clamp(max=0.0).repeat(1, 1, 2),
             initial_state=torch.cat([numerator, denominator], dim=-1),
@@ -78,7 +77,7 @@ def lightning_attention(reference: Function) -> Function:
         attention_mask: Tensor | None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         if not computed_here(hidden_states):
             return reference(
                 self,
@@ -100,8 +99,11 @@ def lightning_attention(reference: Function) -> Function:
         held = None
         if past_key_values is not None:
             held = past_key_values.get_linear_cache(self.layer_idx)
-        o, held = ops.linear_attention(
-            *qkv.split(self.head_dim, dim=-1),
+        q, k, v = qkv.split(self.head_dim, dim=-1)
+        o, held = linear_attention(
+            q,
+            k,
+            v,
             g,
             scale=1.0,
             initial_state=held,
@@ -109,7 +111,7 @@ def lightning_attention(reference: Function) -> Function:
             cu_seqlens=bounds,
         )
         o = self.norm(o.reshape(batch, length, -1))
-        o = self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * o)
+        o = self.out_proj(self.output_gate(hidden_states).sigmoid() * o)
         if past_key_values is not None:
             past_key_values.set_linear_cache(self.layer_idx, held)
         return o, held

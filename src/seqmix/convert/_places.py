@@ -51,10 +51,10 @@ def places(module: ModuleType) -> Iterator[Place]:
             known.add(name)
             yield Place(module, name, replacement.make, replacement.operator)
     for layer in _layers(module):
-        replacement = _FORWARDS.get(layer.__name__)
-        if replacement is not None and _is_known(layer.forward, replacement):
+        whole = _FORWARDS.get(layer.__name__)
+        if whole is not None and _is_known(layer.forward, whole):
             known.add(layer.__name__)
-            yield Place(layer, "forward", replacement.make, replacement.operator)
+            yield Place(layer, "forward", whole.make, whole.operator)
         elif known and (
             issubclass(layer, (PreTrainedModel, GradientCheckpointingLayer))
             or known & set(called_names(layer))
