@@ -110,13 +110,14 @@ SEQMIX_BINDINGS(module) {
     module.def(
         "delta_rule_tokens",
         [](Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor state, Tensor bounds, int64_t steps,
-           double scale, bool normalize, Tensor o, Tensor last, Tensor workspace, int threads) {
-            Tokens pass{Inputs{q, k, v, beta, g, bounds, scale, normalize, steps}, state, o, last, workspace};
+           double scale, bool normalize, Tensor o, Tensor last, int threads) {
+            Tokens pass{Inputs{q, k, v, beta, g, bounds, scale, normalize, steps}, state, o, last};
+            require(q.size(3) <= WIDEST_KEY, "the keys are too wide for the loop over tokens");
             if (q.dtype == Dtype::bfloat16) pass.run<bfloat16>(threads);
             else pass.run<float>(threads);
         },
         "q"_a, "k"_a, "v"_a, "beta"_a, "g"_a.none(), "state"_a, "bounds"_a.none(), "steps"_a, "scale"_a,
-        "normalize"_a, "o"_a, "last"_a, "workspace"_a, "threads"_a, WithoutGil());
+        "normalize"_a, "o"_a, "last"_a, "threads"_a, WithoutGil());
 }
 
 }  // namespace seqmix::delta

@@ -5,29 +5,28 @@
 
 namespace seqmix::delta {
 
+constexpr int64_t WIDEST_KEY = 512;            // of the rows that are kept on the stack
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // entries of states read: about 30 microseconds
 
 struct Tokens {
     Inputs inputs;
-    Tensor state;      // [N, H, K, V]
-    Tensor o, last;    // [B, T, H, V], [N, H, K, V]
-    Tensor workspace;  // [threads, at least 3 K in whole vectors]
+    Tensor state;    // [N, H, K, V]
+    Tensor o, last;  // [B, T, H, V], [N, H, K, V]
 
     template <class T>
     void run(int threads) const {
         const Sizes s = inputs.sizes();
         int64_t heads = inputs.heads(), tasks = inputs.texts() * heads;
         int64_t work = inputs.batch() * inputs.length() * s.steps * heads * s.key * s.value;
-        for_each_task(tasks, work < WORTH_A_THREAD ? 1 : threads, [&](int64_t task, int thread) {
-            run_head<T>(task / heads, task % heads, workspace.as<float>() + thread * workspace.stride(0));
+        for_each_task(tasks, work < WORTH_A_THREAD ? 1 : threads, [&](int64_t task, int) {
+            run_head<T>(task / heads, task % heads);
         });
     }
 
     template <class T>
-    void run_head(int64_t index, int64_t head, float* base) const {
+    void run_head(int64_t index, int64_t head) const {
         const Sizes s = inputs.sizes();
-        Pieces pieces{base};
-        float *q = pieces.take(s.keys), *k = pieces.take(s.keys), *decay = pieces.take(s.keys);
+        float q[WIDEST_KEY], k[WIDEST_KEY], decay[WIDEST_KEY];
         int64_t key_head = head / s.group;
         Text text = text_at(inputs.bounds, index, inputs.length());
         const float* from = state.as<float>() + index * state.stride(0) + head * state.stride(1);

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqmix.core.errors import RangeError
+from seqmix.core.errors import RangeError, ShapeError
 from seqmix.kernels import missing
 from seqmix.ops import delta_rule
 
@@ -59,6 +59,15 @@ def test_a_gate_of_minus_infinity_starts_a_new_text(form, axes):
     o, _ = delta_rule(q, k, v, beta, g, form=form)
     alone, _ = delta_rule(*(x[:, 40:] for x in (q, k, v, beta, g)), form=form)
     torch.testing.assert_close(o[:, 40:], alone)
+
+
+def test_heads_of_a_group_read_the_same_keys():
+    q, k = torch.randn(1, 70, 2, 8), unit_keys(1, 70, 2, 8)
+    v, beta, g = torch.randn(1, 70, 6, 5), torch.rand(1, 70, 6), -torch.rand(1, 70, 6)
+    copies = [x.repeat_interleave(3, dim=2) for x in (q, k)]
+    torch.testing.assert_close(delta_rule(q, k, v, beta, g)[0], delta_rule(*copies, v, beta, g)[0])
+    with pytest.raises(ShapeError, match="`q` and `k` have 2 heads, `v` has 5"):
+        delta_rule(q, k, v[:, :, :5], beta[:, :, :5])
 
 
 def test_qk_l2norm_divides_by_the_lengths():

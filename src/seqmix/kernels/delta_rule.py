@@ -11,12 +11,13 @@ from seqmix.kernels._custom import (
     columns_contiguous,
     custom_operator,
     differentiable,
-    filled,
     text_bounds,
 )
 from seqmix.kernels._native import native
 
-FEW = 8  # rows of a text up to which they are written one by one
+CHUNK = 64  # rows (steps of tokens) of a chunk, as in csrc/delta_rule.hpp
+FEW = 8  # rows up to which they are written one by one
+WIDEST_KEY = 512  # of the loop over tokens, as in csrc/delta_rule_tokens.hpp
 
 
 def delta_rule(
@@ -40,24 +41,46 @@ def delta_rule(
     last S [N, H, K, V] in float32.
     """
     bounds = text_bounds(cu_seqlens)
-    rows = len(q) if bounds is None else len(bounds) - 1
-    state = filled(state, (rows, v.shape[2], q.shape[3], v.shape[3]), v)
+    key_width = q.shape[3]
+    if state is None:
+        texts = len(q) if bounds is None else len(bounds) - 1
+        state = v.new_zeros(texts, v.shape[2], key_width, v.shape[3], dtype=torch.float32)
     dtype = v.dtype
-    if q.dtype != dtype or k.dtype != dtype:
-        dtype = torch.float32
+    if not q.dtype == k.dtype == dtype:
         q, k, v = q.float(), k.float(), v.float()
-    beta, g = beta.float(), None if g is None else g.float()
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    given = (q, k, v, beta, g, state)
-    if torch.compiler.is_compiling() or _wants_gradient(given):
-        o, last, _ = _forward(*given, bounds, steps, factor, qk_l2norm, _wants_gradient(given))
-    else:  # the dispatcher would take longer than a token
-        o, last, _ = _run(*given, bounds, steps, factor, qk_l2norm, False)
+    beta, g, state = beta.float(), None if g is None else g.float(), state.float()
+    factor = key_width**-0.5 if scale is None else float(scale)
+    given = (q, k, v, beta, g, state, bounds, steps, factor, qk_l2norm)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given[:6])
+    plain = type(v) is Tensor and v.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and not trains and _for_tokens(q, steps):
+        o, last = _run_tokens(*given)  # the dispatcher takes longer than a token
+    else:
+        o, last, _ = _forward(*given, trains)
+    return o.to(dtype), last
+
+
+def _for_tokens(q: Tensor, steps: int) -> bool:
+    return q.shape[1] * steps <= FEW and q.shape[3] <= WIDEST_KEY
+
+
+def _run_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    bounds: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    q, k, v, state = (columns_contiguous(x) for x in (q, k, v, state))
+    g = columns_contiguous(g) if g is not None and g.ndim == 4 else g
+    o = v.new_empty(*q.shape[:2], *v.shape[2:])
+    last = torch.empty_like(state, memory_format=torch.contiguous_format)
+    threads = torch.get_num_threads()
+    native.delta_rule_tokens(q, k, v, beta, g, state, bounds, *options, o, last, threads)
     return o, last
-
-
-def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _run(
@@ -76,15 +99,13 @@ def _run(
     """o, the last state, and with `borders` the states before every chunk [M, H, K, V], which backward reads."""
     q, k, v, state = (columns_contiguous(x) for x in (q, k, v, state))
     g = columns_contiguous(g) if g is not None and g.ndim == 4 else g
-    o, last, before = _fake(q, k, v, beta, g, state, bounds, steps, scale, normalize, borders)
     given = (q, k, v, beta, g, state, bounds, steps, scale, normalize)
+    if not borders and _for_tokens(q, steps):
+        return *_run_tokens(*given), state.new_empty(0, *state.shape[1:])
+    o, last, before = _fake(*given, borders)
     threads = torch.get_num_threads()
-    if not borders and q.shape[1] * steps <= FEW:
-        workspace = state.new_empty(threads, 4 * (q.shape[3] + 16))
-        native.delta_rule_tokens(*given, o, last, workspace, threads)
-    else:
-        workspace = state.new_empty(threads, native.delta_rule_workspace(*_sizes(q, v, steps)))
-        native.delta_rule(*given, o, last, before if borders else None, workspace, threads)
+    workspace = state.new_empty(threads, native.delta_rule_workspace(*_sizes(q, v, steps)))
+    native.delta_rule(*given, o, last, before if borders else None, workspace, threads)
     return o, last, before
 
 
@@ -170,8 +191,6 @@ def _fake_backward(
 def _sizes(q: Tensor, v: Tensor, steps: int) -> tuple[int, int, int, int]:
     return q.shape[3], v.shape[3], steps, v.shape[2] // q.shape[2]
 
-
-CHUNK = 64  # rows (steps of tokens) of a chunk, as in csrc/delta_rule.hpp
 
 _forward = custom_operator(
     "delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor state, Tensor? bounds, int steps,"

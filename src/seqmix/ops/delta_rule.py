@@ -5,7 +5,8 @@
 g is absent (DeltaNet), one number per head (Gated DeltaNet) or one per key dimension (Kimi Delta Attention);
 several steps per token give DeltaProduct. With |k| = 1 the eigenvalue along k becomes 1 - beta: beta in
 [0, 1] keeps it in [0, 1], beta up to 2 reaches [-1, 1].
-Axes: B batch, T time, H heads, K key width, V value width; M chunks, C rows (token steps) in a chunk.
+Axes: B batch, T time, H heads of values, G heads of queries and keys (each read by H / G heads), K key width,
+V value width; M chunks, C rows (token steps) in a chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from seqmix.core.cost import Cost
-from seqmix.core.errors import RangeError
+from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.numerics import widen
 from seqmix.kernels import delta_rule as native
 from seqmix.kernels import missing
@@ -36,8 +37,8 @@ from seqmix.ops._packing import in_rows
 CHUNK = 64
 SHORT = 6  # up to here the loop over tokens beats a chunk
 AXES: dict[str, str | tuple[str, ...]] = {
-    "q": "B T H K",
-    "k": "B T*steps H K",
+    "q": "B T G K",
+    "k": "B T*steps G K",
     "v": "B T*steps H V",
     "beta": "B T*steps H",
     "g": ("B T H", "B T H K"),
@@ -64,8 +65,8 @@ def delta_rule(
     """S <- exp(g_t) S, then `steps` times S <- S + beta k (v - S^T k)^T; o_t = scale * S^T q_t.
 
     Args:
-        q: queries, [B, T, H, K].
-        k, v: keys [B, T*steps, H, K] and values [B, T*steps, H, V]; a token's steps are neighbours.
+        q: queries, [B, T, G, K]; value head h reads head h // (H / G), G = H for heads of their own.
+        k, v: keys [B, T*steps, G, K] and values [B, T*steps, H, V]; a token's steps are neighbours.
         beta: writing strengths in [0, 2], [B, T*steps, H]; up to 1 for eigenvalues in [0, 1].
         g: log decays of at most 0, once per token, [B, T, H] or [B, T, H, K]; None for no decay.
         steps: Householder steps per token.
@@ -91,6 +92,11 @@ def delta_rule(
         raise RangeError(f"delta_rule: steps={steps!r}, wanted a whole number of at least 1.")
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
     sizes = check_tensors("delta_rule", AXES, tensors, steps=steps)
+    if sizes["H"] % sizes["G"]:
+        raise ShapeError(
+            f"delta_rule: `q` and `k` have {sizes['G']} heads, `v` has {sizes['H']}, wanted a divisor of the "
+            "number of heads of `v`. Choose a number of key heads that divides it."
+        )
     check_not_positive("delta_rule", "g", g)
     _check_beta(beta)
     texts = in_rows("delta_rule", cu_seqlens, q)
@@ -111,6 +117,8 @@ def delta_rule(
     q, k, v, beta, g, state = widen(q, k, v, beta, g, initial_state)
     if qk_l2norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt() for x in (q, k))
+    if sizes["G"] != sizes["H"]:
+        q, k = (x.repeat_interleave(sizes["H"] // sizes["G"], dim=2) for x in (q, k))
     if state is None:
         state = v.new_zeros(texts.num_texts, sizes["H"], sizes["K"], sizes["V"])
     factor = sizes["K"] ** -0.5 if scale is None else scale
@@ -232,9 +240,10 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
         return torch.randn(sizes[0], sizes[1] * times, *sizes[2:], generator=generator)
 
     steps = case.get("steps", 1)
+    grouped = "G" if case.get("G") else "H"
     inputs: dict[str, Any] = {
-        "q": normal("B", "T", "H", "K"),
-        "k": normal("B", "T", "H", "K", times=steps),
+        "q": normal("B", "T", grouped, "K"),
+        "k": normal("B", "T", grouped, "K", times=steps),
         "v": normal("B", "T", "H", "V", times=steps),
         "beta": normal("B", "T", "H", times=steps).sigmoid() * case.get("largest_beta", 1.0),
         "steps": steps,
@@ -303,6 +312,8 @@ OPERATOR = Operator(
         Case("two_steps", SIZES, {"gate": "scalar", "steps": 2, "largest_beta": 2.0}),
         Case("three_steps", {**SIZES, "T": 19}, {"gate": "vector", "steps": 3}),
         Case("two_plain_steps", SIZES, {"steps": 2}),
+        Case("grouped", {**SIZES, "H": 6, "G": 2}, {"gate": "scalar", "qk_l2norm": True}),
+        Case("grouped_vector_gate", {**SIZES, "H": 4, "G": 1}, {"gate": "vector", "steps": 2}),
     ],
     timing=[
         Case("plain", TIMING),
