@@ -11,7 +11,7 @@ BUDGET := decode_ms<2@8192, memory_mb<400
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench
+.PHONY: help demo test lint docs bench kernels sanitize
 
 help:
 	@echo "make demo   compare six architectures on Shakespeare and write $(DEMO)/report.html"
@@ -19,6 +19,8 @@ help:
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   build the documentation into site/"
 	@echo "make bench  time every form of every operator"
+	@echo "make kernels   compile what has changed in csrc/"
+	@echo "make sanitize  compile csrc/ with sanitizers and run the tests of operators on it"
 
 demo: $(VENV)/compare.stamp $(VENV)/assets.stamp
 	$(BIN)/seqmix compare --data shakespeare --candidates "$(CANDIDATES)" --budget "$(BUDGET)" \
@@ -27,6 +29,24 @@ demo: $(VENV)/compare.stamp $(VENV)/assets.stamp
 
 test: $(VENV)/test.stamp $(VENV)/assets.stamp
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
+	SEQMIX_NATIVE=0 $(BIN)/python -m pytest -n 2 -q -k "law" tests/test_mixers.py
+
+# Installing configured build/editable for this environment; see docs/native-kernels.md for one instruction set only.
+kernels: $(VENV)/test.stamp
+	$(BIN)/cmake --build build/editable
+
+# The sanitizers' kernels lie in a copy of the sources, so that they never take the place of the real ones.
+SANITIZE := build/sanitize
+SANITIZED_ISA := v3
+sanitize: $(VENV)/test.stamp
+	mkdir -p $(SANITIZE)/tree && cp -r CMakeLists.txt csrc src $(SANITIZE)/tree/
+	rm -f $(SANITIZE)/tree/src/seqmix/kernels/*.so
+	$(BIN)/cmake -S $(SANITIZE)/tree -B $(SANITIZE)/objects -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-DSEQMIX_INSTRUCTION_SETS="$(SANITIZED_ISA)" -DSEQMIX_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(SANITIZE)/objects
+	PYTHONPATH=$(SANITIZE)/tree/src SEQMIX_NATIVE=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -k native tests/test_operators.py tests/test_native.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
@@ -40,15 +60,18 @@ docs: $(VENV)/docs.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/seqmix bench --html runs/bench.html
 
-# torch comes first and alone, so that nothing else decides which build of it is taken.
+# torch comes first and alone, so that nothing else decides which build of it is taken. With the tools that build
+# the kernels here and not in an environment of pip's own, installing again compiles only what has changed.
 $(VENV)/torch.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch numpy
+	$(INSTALL) scikit-build-core nanobind cmake ninja
 	@touch $@
 
-$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(INSTALL) --editable ".[$*]"
+$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml build_backend.py CMakeLists.txt $(wildcard csrc/*)
+	@begin=$$(date +%s); $(INSTALL) --no-build-isolation --editable ".[$*]" && \
+		echo "installed seqmix[$*], its kernels compiled, in $$(( $$(date +%s) - begin )) s"
 	@touch $@
 
 # Types are checked against the packages that the code calls, so `lint` and `docs` need them too.

@@ -6,8 +6,15 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "vector.hpp"
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SEQMIX_SHUFFLEVECTOR 1
+#endif
+#endif
 
 namespace seqmix {
 
@@ -92,19 +99,27 @@ __attribute__((noinline)) inline void matmul(int64_t rows, int64_t columns, int6
     if (i < rows) run(Rows<1>{}, i);
 }
 
+// a[0], b[0], a[1], b[1], ... of the first halves of two vectors, or of their second halves. Clang and newer GCCs
+// take constants for the places; older GCCs know only their own builtin.
+template <int half, int... place>
+inline Vector interleave(Vector a, Vector b, std::integer_sequence<int, place...>) {
+    constexpr int first = half * WIDTH / 2;
+#if SEQMIX_SHUFFLEVECTOR
+    return __builtin_shufflevector(a, b, (first + place / 2 + place % 2 * WIDTH)...);
+#else
+    return __builtin_shuffle(a, b, Integers{(first + place / 2 + place % 2 * WIDTH)...});
+#endif
+}
+
 // Lane j of vector i becomes lane i of vector j.
 inline void transpose_vectors(Vector (&now)[WIDTH]) {
-    Integers low, high;
-    for (int i = 0; i < WIDTH / 2; ++i) {
-        low[2 * i] = i, low[2 * i + 1] = i + WIDTH;
-        high[2 * i] = i + WIDTH / 2, high[2 * i + 1] = i + WIDTH / 2 + WIDTH;
-    }
+    using Places = std::make_integer_sequence<int, WIDTH>;
     Vector next[WIDTH];
     // Each pass interleaves the two halves of the rows; after log2(WIDTH) passes rows are columns.
     for (int pass = 1; pass < WIDTH; pass *= 2) {
         for (int i = 0; i < WIDTH / 2; ++i) {
-            next[2 * i] = __builtin_shuffle(now[i], now[i + WIDTH / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(now[i], now[i + WIDTH / 2], high);
+            next[2 * i] = interleave<0>(now[i], now[i + WIDTH / 2], Places{});
+            next[2 * i + 1] = interleave<1>(now[i], now[i + WIDTH / 2], Places{});
         }
         for (int i = 0; i < WIDTH; ++i) now[i] = next[i];
     }

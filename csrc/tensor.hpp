@@ -1,9 +1,10 @@
 // What Python passes: a PyTorch tensor as address, dtype, sizes and strides, and a list that bindings join.
 //
-// PyTorch is not needed to build: a tensor is read through its Python attributes, which takes half a microsecond.
+// PyTorch is not needed to build: a tensor is read through its Python attributes, which takes a third of a microsecond.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
@@ -19,7 +20,7 @@ enum class Dtype { none, float32, bfloat16, int64, int32, int8, uint8 };
 
 constexpr int MOST_AXES = 5;
 
-// A tensor, or nothing (`data` is null) where None was passed.
+// A tensor, or nothing (`dtype` is none) where None was passed. One without entries has no address and is a tensor.
 struct Tensor {
     void* data = nullptr;
     Dtype dtype = Dtype::none;
@@ -27,7 +28,7 @@ struct Tensor {
     int64_t sizes[MOST_AXES] = {};
     int64_t strides[MOST_AXES] = {};  // in elements
 
-    explicit operator bool() const { return data != nullptr; }
+    explicit operator bool() const { return dtype != Dtype::none; }
     template <class T>
     T* as() const { return static_cast<T*>(data); }
     int64_t size(int axis) const { return sizes[axis]; }

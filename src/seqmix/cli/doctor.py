@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from typing import Any
 
 from seqmix.cli._describe import catalog, summary
@@ -40,7 +41,7 @@ def run(json: Json = False) -> None:
         "packages": _packages(),
         "assets": _assets(),
         "browser": next(filter(None, map(shutil.which, BROWSERS)), None),
-        "native_kernels": None,
+        "native_kernels": _native_kernels(),
     }
     if json:
         print_json(record)
@@ -54,7 +55,11 @@ def run(json: Json = False) -> None:
                 print_text(f"\nTo get {entry['name']}:\n  " + entry["get"].replace("\n", "\n  "))
     browser = record["browser"] or "none: the browser tests are skipped. apt-get install chromium"
     print_text(f"\nBrowser: {browser}")
-    print_text("Native kernels: this version has none; every operator runs as PyTorch code.")
+    kernels = record["native_kernels"]
+    rows = [[name, _words(value)] for name, value in kernels.items() if name != "get"]
+    print_table(["\nnative kernels", "\n"], rows)
+    if kernels["get"]:
+        print_text(f"\n{kernels['get']}")
 
 
 def _machine() -> dict[str, Any]:
@@ -72,6 +77,20 @@ def _machine() -> dict[str, Any]:
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
+
+
+def _native_kernels() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says it in full
+        from seqmix.kernels import describe
+
+    return describe()
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return {None: "none", True: "yes", False: "no"}.get(value, str(value))
 
 
 def _packages() -> list[dict[str, Any]]:

@@ -13,17 +13,42 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("seqmix", "FRAGMENT")
+_gradients: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 
 
 def custom_operator(
     schema: str, run: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Registers `torch.ops.seqmix.NAME` for the CPU and returns it; `schema` is "NAME(arguments) -> results"."""
+    """Registers `torch.ops.seqmix.NAME` for the CPU and returns it; `schema` is "NAME(arguments) -> results".
+
+    Until `differentiable` gives it a gradient, asking for one is an error, a second one (of an operator that is
+    itself a gradient) as well. An operator that writes to an argument can have none.
+    """
     name = schema.partition("(")[0]
-    _library.define(schema)
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CPU")
     torch.library.register_fake(f"seqmix::{name}", fake, lib=_library)
-    return getattr(torch.ops.seqmix, name).default
+
+    operator = getattr(torch.ops.seqmix, name).default
+    if operator._schema.is_mutable:
+        return operator
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if name in _gradients:
+            _gradients[name][1](ctx, inputs, output)
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        if name not in _gradients:
+            raise NotImplementedError(
+                f"seqmix::{name} has no gradient. Where a gradient of a gradient is wanted, give the operator "
+                "form='definition'."
+            )
+        return _gradients[name][0](ctx, *gradients)
+
+    torch.library.register_autograd(
+        f"seqmix::{name}", backward, setup_context=setup_context, lib=_library
+    )
+    return operator
 
 
 def differentiable(
@@ -32,8 +57,8 @@ def differentiable(
     setup_context: Callable[..., None],
 ) -> None:
     """Gives a custom operator its gradient: `backward(ctx, *gradients)` after `setup_context(ctx, inputs, output)`."""
-    name = str(operator).removesuffix(".default").replace(".", "::")
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+    name = str(operator).removeprefix("seqmix.").removesuffix(".default")
+    _gradients[name] = backward, setup_context
 
 
 def columns_contiguous(tensor: Tensor) -> Tensor:

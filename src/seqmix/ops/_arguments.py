@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from seqmix.core.errors import DtypeError, RangeError, ShapeError
@@ -108,7 +109,12 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def check_not_positive(operator: str, name: str, tensor: Tensor | None) -> None:
-    """Decays are given as logarithms: raises `RangeError` where one is above 0 or NaN."""
+    """Decays are given as logarithms: raises `RangeError` where one is above 0 or NaN.
+
+    Not inside `torch.compile`, which traces without values.
+    """
+    if torch.compiler.is_compiling():
+        return
     if tensor is not None and tensor.numel() and not bool((tensor.detach() <= 0).all()):
         raise RangeError(
             f"{operator}: `{name}` reaches {float(tensor.detach().max()):.4g}, wanted log decays of at most 0 "
