@@ -3,55 +3,21 @@
 //
 // A task is a text and a piece of its channels; lanes are channels. Time goes by in blocks, and within a block a few
 // entries of the state stay in registers along the tokens. B and C belong to groups of channels: [B, T, G, N].
-#include "activations.hpp"
-#include "blocks.hpp"
-#include "parallel.hpp"
+#include "selective_scan.hpp"
 
 namespace seqmix {
 namespace {
 
-constexpr int64_t PIECE = 64;   // channels of a task: as many whatever the vectors, so that sums are the same
+using namespace selective;
+
 constexpr int64_t TOKENS = 32;  // of a block; the states at its borders are kept for the backward pass
 constexpr int64_t AREA = PIECE * TOKENS;
 constexpr int SOME = 4;  // entries of the state in registers at a time
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
-
-struct Arguments {
-    Tensor u, delta, A, B, C, D, z, bias, state, bounds;  // [B, T, E] twice, [E, N], [B, T, G, N] twice, [E], ...
-    bool softplus, negative;
-
-    int64_t batch() const { return u.size(0); }
-    int64_t length() const { return u.size(1); }
-    int64_t channels() const { return u.size(2); }
-    int64_t states() const { return A.size(1); }
-    int64_t groups() const { return B.size(2); }
-    int64_t texts() const { return num_texts(bounds, batch()); }
-    int64_t wide() const { return round_up(states(), 16); }
-    int64_t pieces_of_group() const { return (channels() / groups() + PIECE - 1) / PIECE; }
-    int64_t pieces() const { return groups() * pieces_of_group(); }
-};
-
-// Some channels of one group.
-struct Piece {
-    int64_t group, channel, count;
-};
-
-Piece piece_at(const Arguments& given, int64_t index) {
-    int64_t width = given.channels() / given.groups(), group = index / given.pieces_of_group();
-    int64_t within = index % given.pieces_of_group() * PIECE;
-    return {group, group * width + within, width - within < PIECE ? width - within : PIECE};
-}
 
 // Blocks are counted through all texts; a text of a packed row begins after all whole blocks before it.
 int64_t first_block(const Arguments& given, const Text& text, int64_t index) {
     if (!given.bounds) return index * ((given.length() + TOKENS - 1) / TOKENS);
     return text.start / TOKENS + index;
-}
-
-Matrix maps_of(const Tensor& tensor, const Text& text, int64_t t, int64_t group) {
-    Matrix maps = tokens_of(tensor, text, t, 0);
-    return {address(tensor, text.row * tensor.stride(0) + (text.start + t) * tensor.stride(1) + group * tensor.stride(2)),
-            maps.dtype, tensor.stride(1), tensor.stride(3)};
 }
 
 // The workspace of a thread. Blocks of tokens or of states lie by vector: [vector][token or state][lane].
@@ -81,17 +47,7 @@ struct Space {
     }
 };
 
-inline void fill(float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
-}
-
 int64_t vectors(const Piece& piece) { return (piece.count + WIDTH - 1) / WIDTH; }
-
-// One number per channel, or 0 without any.
-void read_channels(const Tensor& tensor, const Piece& piece, float* to) {
-    fill(to, PIECE);
-    if (tensor) read_block({address(tensor, piece.channel), tensor.dtype, 0, 1}, 1, piece.count, to, by_row(PIECE));
-}
 
 Matrix states_of(const Tensor& tensor, int64_t row, const Piece& piece) {  // [N, channels of the piece]
     return {address(tensor, row * tensor.stride(0) + piece.channel * tensor.stride(1)), tensor.dtype, tensor.stride(2),
@@ -197,8 +153,8 @@ struct Forward {
         Text text = text_at(given.bounds, index, given.length());
         Piece piece = piece_at(given, number);
         read_rates(given, piece, space);
+        fill(space.state, PIECE * wide);
         if (given.state) read_block(states_of(given.state, index, piece), N, piece.count, space.state, by_vector(wide));
-        else fill(space.state, PIECE * wide);
         int64_t block = first_block(given, text, index);
         for (int64_t t = 0; t < text.length; t += TOKENS, ++block) {
             int64_t tokens = text.length - t < TOKENS ? text.length - t : TOKENS;
@@ -383,8 +339,10 @@ SEQMIX_BINDINGS(module) {
         [](Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor bias, Tensor state,
            Tensor bounds, bool softplus, bool negative, Tensor y, Tensor last, Tensor borders, Tensor workspace,
            int threads) {
-            Forward{{u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative}, y, last, borders, workspace}
-                .run(threads);
+            Arguments given{u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative};
+            bool rows = A.stride(1) == 1 && last.stride(2) == 1 && (!state || state.stride(2) == 1);
+            if (given.length() == 1 && rows && !bounds && !borders) step(given, y, last, workspace, threads);
+            else Forward{given, y, last, borders, workspace}.run(threads);
         },
         "u"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(), "bias"_a.none(), "state"_a.none(),
         "bounds"_a.none(), "softplus"_a, "negative"_a, "y"_a, "last"_a, "borders"_a.none(), "workspace"_a, "threads"_a,

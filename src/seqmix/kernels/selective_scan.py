@@ -60,6 +60,31 @@ def selective_scan(
     return y, last
 
 
+def selective_scan_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    negative: bool = False,
+) -> Tensor:
+    """One token, for decoding: y [B, E] of u, delta and z [B, E]; B and C are [B, N] or [B, G, N].
+
+    `state` [B, E, N], in float32 or bfloat16 and with any strides, is written in place. No gradients.
+    """
+    u, delta, z = (None if x is None else x.unsqueeze(1) for x in (u, delta, z))
+    B, C = ((maps if maps.ndim == 3 else maps.unsqueeze(1)).unsqueeze(1) for maps in (B, C))
+    A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
+    y = _update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
+    return y.squeeze(1)
+
+
 def _run(
     u: Tensor,
     delta: Tensor,
@@ -75,16 +100,49 @@ def _run(
     negative: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    D, bias = (None if x is None else x.contiguous() for x in (D, bias))
     inputs = (u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative)
-    results = _fake(*inputs, keep)
+    y, last, borders = _fake(*inputs, keep)
+    _scan(*inputs, y, last, borders if keep else None)
+    return y, last, borders
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> None:
+    D, bias = (None if x is None else x.contiguous() for x in (D, bias))
     threads = torch.get_num_threads()
-    work = u.new_empty(
-        (threads, native.selective_scan_workspace(A.shape[1], False)), dtype=torch.float32
-    )
-    y, last, borders = results
-    native.selective_scan(*inputs, y, last, borders if keep else None, work, threads)
-    return results
+    work = A.new_empty((threads, native.selective_scan_workspace(A.shape[1], False)))
+    native.selective_scan(u, delta, A, B, C, D, z, bias, *rest, work, threads)
+
+
+def _run_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    negative: bool,
+) -> Tensor:
+    y = u.new_empty(u.shape)
+    _scan(u, delta, A, B, C, D, z, bias, state, None, softplus, negative, y, state, None)
+    return y
+
+
+def _fake_update(state: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    return u.new_empty(u.shape)
 
 
 def _fake(
@@ -218,6 +276,12 @@ _forward = custom_operator(
     " Tensor? state, Tensor? bounds, bool softplus, bool negative, bool keep) -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
+)
+_update = custom_operator(
+    "selective_scan_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D,"
+    " Tensor? z, Tensor? bias, bool softplus, bool negative) -> Tensor",
+    _run_update,
+    _fake_update,
 )
 _backward = custom_operator(
     "selective_scan_backward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
