@@ -18,7 +18,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   build the documentation into site/"
-	@echo "make bench  time every form of every operator"
+	@echo "make bench  time every form of every operator, and the speeds to reach"
 	@echo "make kernels   compile what has changed in csrc/"
 	@echo "make sanitize  compile csrc/ with sanitizers and run the tests of operators on it"
 
@@ -58,7 +58,8 @@ docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict --site-dir site
 
 bench: $(VENV)/test.stamp
-	$(BIN)/seqmix bench --html runs/bench.html
+	$(BIN)/seqmix bench --out runs/bench
+	$(BIN)/seqmix bench --floors --out runs/bench
 
 # torch comes first and alone, so that nothing else decides which build of it is taken. With the tools that build
 # the kernels here and not in an environment of pip's own, installing again compiles only what has changed.

@@ -15,7 +15,7 @@ EQUATION = re.compile(r"^```latex\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Every generated page becomes a file of the site."""
-    for name, text in pages(Path(config.docs_dir) / "claims").items():
+    for name, text in pages(Path(config.docs_dir)).items():
         files.append(File.generated(config, name, content=text))
     return files
 

@@ -8,7 +8,6 @@ import math
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -19,12 +18,9 @@ from seqmix import __version__
 from seqmix.cli import COMMANDS, main
 from seqmix.cli._describe import KINDS
 from seqmix.cli._main import application
-from seqmix.cli.bench import page, time_operator
 from seqmix.core.errors import DataError, NumericalError
 from seqmix.models.backbone import ModelSpec, count_parameters
 from seqmix.ops import OPERATORS
-from seqmix.ops._operator import Form
-from seqmix.testing.operators import installed
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 40
 
@@ -326,54 +322,3 @@ def test_doctor_says_how_to_get_what_is_missing(command, monkeypatch):
     plotly = next(entry for entry in record["packages"] if entry["name"] == "plotly")
     assert plotly["get"] == "pip install 'seqmix[compare]'"
     assert "To get plotly:" in command("doctor")[1]
-
-
-def small(operator):
-    return replace(operator, timing=[replace(operator.cases[0], name="small")])
-
-
-def test_bench_gives_times_and_ratios():
-    operator = small(OPERATORS.get("short_convolution"))
-    with installed(operator):
-        rows = time_operator(operator, seconds=0.0)
-    forms = list(operator.forms)
-    assert [(r["form"], r["pass"]) for r in rows[:3]] == [
-        (forms[0], "forward"),
-        (forms[0], "forward and backward"),
-        (forms[1], "forward"),
-    ]
-    assert rows[0]["ratio"] == 1.0
-    assert rows[2]["ratio"] == pytest.approx(rows[2]["median_ms"] / rows[0]["median_ms"])
-    assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows)
-
-
-def test_bench_refuses_to_time_a_wrong_form():
-    operator = small(OPERATORS.get("short_convolution"))
-
-    def off_by_a_little(*inputs):
-        return operator.forms["conv1d"].run(*inputs) * 1.001
-
-    broken = replace(operator, forms={**operator.forms, "conv1d": Form(off_by_a_little)})
-    with installed(broken):
-        rows = time_operator(broken, seconds=0.0)
-    wrong = [row for row in rows if row["form"] == "conv1d"]
-    assert all("disagrees with the definition" in row["skipped"] for row in wrong)
-    assert all("median_ms" not in row for row in wrong)
-    assert any("median_ms" in row for row in rows)
-
-
-def test_bench_says_why_a_form_has_no_time():
-    operator = OPERATORS.get("linear_attention")
-    operator = replace(operator, timing=[operator.cases[0].at("long", T=40)])
-    rows = time_operator(operator, seconds=0.0)
-    skipped = [row for row in rows if row["form"] == "recurrent"]
-    assert all("40 tokens" in row["skipped"] for row in skipped)
-
-
-def test_bench_page_is_self_contained():
-    machine = {"cpu": "a <fast> one", "threads": 1, "versions": {"torch": "2"}}
-    row = {"operator": "o", "case": "c", "form": "f", "pass": "forward", "skipped": "a & b"}
-    text = page({"machine": machine, "rows": [row]})
-    assert "a &lt;fast&gt; one" in text
-    assert "a &amp; b" in text
-    assert "http" not in text

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from seqmix.cli import _describe
+from seqmix.report.bench import FLOOR_COLUMNS, floor_cells
 
 Record = dict[str, Any]
 
 
-def pages(claims: Path) -> dict[str, str]:
-    """Markdown by file name; `claims` is the folder of the kept results of `seqmix reproduce`."""
+def pages(docs: Path) -> dict[str, str]:
+    """Markdown by file name; `docs` holds the kept results: `claims/ID.json` of `seqmix reproduce`, and
+    `speed.json` of `seqmix bench --floors`.
+    """
     return {
         "operators.md": "\n".join(_operators()),
         "mixers.md": "\n".join(_mixers()),
         "channels.md": "\n".join(_channels()),
         "tasks.md": "\n".join(_tasks()),
-        "claims.md": "\n".join(_claims(claims)),
+        "claims.md": "\n".join(_claims(docs / "claims")),
+        "speed.md": "\n".join(_speed(docs / "speed.json")),
     }
 
 
@@ -145,6 +149,50 @@ def _result(result: Record) -> Iterator[str]:
         f"threads, torch {machine['versions']['torch']}, {result['date']}, "
         f"commit {machine.get('commit') or 'unknown'}.\n"
     )
+
+
+def _speed(path: Path) -> Iterator[str]:
+    yield "# Speed\n"
+    yield (
+        "The speeds that the compiled kernels should reach on a CPU, and what `seqmix bench --floors` measured. "
+        "Ratios are of medians within one run, both sides in turn; the size with the lowest ratio decides. "
+        "Nothing on this page is typed: it shows the record of a run.\n"
+    )
+    if not path.exists():
+        yield "No run is kept.\n"
+        return
+    record = json.loads(path.read_text())
+    rows = [floor_cells(floor) for floor in record["floors"]]
+    yield from _table(FLOOR_COLUMNS, rows)
+    roofs, machine = record["roofs"], record["machine"]
+    yield (
+        "\nWhat limits it: the share of our time that the counted arithmetic takes at the speed of a 2048-cube "
+        f"float32 matrix product ({roofs['flops_per_second'] / 1e9:.3g} GFLOP/s in this run), the bytes of inputs "
+        f"and outputs at the speed of memory ({roofs['bytes_per_second'] / 1e9:.3g} GB/s), and the exponentials at "
+        f"that of torch ({roofs['exponentials_per_second'] / 1e9:.3g} per ns). What no share explains is neither: "
+        "data moved within the caches, small operations, and the calls themselves.\n"
+    )
+    yield (
+        f"{machine['cpu']} with {machine['threads']} threads, kernels for {machine['instruction_set']}, torch "
+        f"{machine['versions']['torch']}, {record['date']}, commit {machine.get('commit') or 'unknown'}.\n"
+    )
+    yield "\nEvery size:\n"
+    yield from _table(
+        ["what", "against", "sizes", "ratio", "ours, ms", "the other, ms"],
+        [_size(row) for row in record["rows"] if "skipped" not in row],
+    )
+
+
+def _size(row: Record) -> list[str]:
+    sizes = " ".join(f"{name}={size}" for name, size in row.get("sizes", {}).items())
+    times = row.get("times", {})
+    ours = [_spread(times["ours"])] if "ours" in times else [""]
+    others = [_spread(time) for name, time in times.items() if name != "ours"] or [""]
+    return [row["what"], row["against"], f"`{sizes}`", f"{row['ratio']:.3g}", *ours, *others[:1]]
+
+
+def _spread(time: Record) -> str:
+    return f"{time['median_ms']:.4g} ({time['low_ms']:.4g} to {time['high_ms']:.4g})"
 
 
 def _part(record: Record) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Time every form of the operators."""
+"""Time every form of the operators, and their peers."""
 
 from __future__ import annotations
 
@@ -9,80 +9,85 @@ import typer
 
 from seqmix.cli._terminal import Json, print_json, print_table, print_text, say, work
 
+FLOORS = [
+    "what",
+    "against",
+    "at least",
+    "measured",
+    "reached",
+    "what limits it (share of our time)",
+]
+
 
 def run(
     operators: Annotated[
         list[str] | None,
         typer.Argument(help="Operators; all of them by default.", show_default=False),
     ] = None,
+    form: Annotated[list[str] | None, typer.Option(help="Forms; all by default.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Timing cases; all by default.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 or bfloat16; both by default.")
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Lengths of the curves, 0 for none; 128 to 16384 by default."),
+    ] = None,
+    floors: Annotated[
+        bool, typer.Option("--floors", help="Measure the speeds to reach instead: OUT/speed.json.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short texts and few repeats: shows that it runs.")
+    ] = False,
     seconds: Annotated[float, typer.Option(help="Seconds per measurement.")] = 0.5,
     threads: Annotated[
         int | None, typer.Option(help="Threads; what torch takes by default.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the result as a page.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.html.")] = Path(
+        "runs/bench"
+    ),
     json: Json = False,
 ) -> None:
-    """Time every form of the operators on their timing cases, forward and forward with backward.
+    """Time every form of the operators, forward and forward with backward, beside a matrix product.
 
-    A form that disagrees with the operator's definition gets no time. Ratios are to the first form of the
-    same case and run: below 1 is faster.
+    A form that disagrees with the operator's definition gets no time. The page shows time and memory against
+    length, with torch's attention, the references of transformers and mambapy where they are installed. After
+    Ctrl-C the same command goes on.
 
-    Example: `seqmix bench linear_attention --json`
+    Example: `seqmix bench linear_attention --dtype float32 --length 512 --length 2048`
     """
     import torch
 
-    from seqmix.measure.machine import describe
-    from seqmix.ops import OPERATORS
+    from seqmix.measure.benchmark import Choice, measure_floors, measure_table
+    from seqmix.measure.curves import LENGTHS
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with work(resume="Nothing is kept of a benchmark: the same command starts again."):
-        rows = [
-            row
-            for name in operators or OPERATORS.names()
-            for row in time_operator(OPERATORS.get(name), seconds=seconds)
-        ]
-    record: dict[str, Any] = {
-        "machine": describe(),
-        "seconds_per_measurement": seconds,
-        "rows": rows,
-    }
-    if html is not None:
-        from seqmix.core.files import write_text
-
-        write_text(html, page(record))
-        say(f"Wrote {html}")
+    options: dict[str, Any] = {"operators": operators, "forms": form, "cases": case}
+    options |= {"dtypes": dtype} if dtype else {}
+    lengths = [n for n in length if n] if length else list(LENGTHS)
+    if quick:
+        lengths = lengths if length else [64, 128]
+        options = {"dtypes": ["float32"]} | options | {"matmul_size": 256, "shrink": 32}
+        seconds = min(seconds, 0.02)
+    choice = Choice(**options, lengths=lengths, seconds=seconds)
+    with work(resume="The same command goes on after the last finished measurement."):
+        if floors:
+            record = measure_floors(choice, out=out, say=say)
+        else:
+            record = measure_table(choice, out=out, wrong=disagreement, say=say)
+            _write_page(record, out / "bench.html")
     if json:
         print_json(record)
-        return
-    machine = record["machine"]
-    print_text(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
-    )
-    print_table(COLUMNS, [cells(row) for row in rows])
+    elif floors:
+        print_floors(record)
+        say(f"Wrote {out / 'speed.json'}")
+    else:
+        from seqmix.report.bench import COLUMNS, cells, summary_lines
 
-
-def time_operator(operator: Any, *, seconds: float) -> list[dict[str, Any]]:
-    """One record per timing case, form and pass: median and quartiles in ms, or why there is no time."""
-    wrong = {form: disagreement(operator, form) for form in operator.forms}
-    rows = []
-    for case in operator.timing:
-        say(f"{operator.name} {case.name}")
-        first: dict[str, float] = {}
-        for form in operator.forms:
-            for passes in ("forward", "forward and backward"):
-                row = {"operator": operator.name, "case": case.name, "form": form, "pass": passes}
-                row["sizes"] = dict(case.sizes)
-                if wrong[form]:
-                    row["skipped"] = f"disagrees with the definition: {wrong[form]}"
-                elif passes != "forward" and not operator.forms[form].trains:
-                    row["skipped"] = "has no backward"
-                else:
-                    row |= _time(operator, form, case, passes, seconds)
-                if "median_ms" in row:
-                    row["ratio"] = row["median_ms"] / first.setdefault(passes, row["median_ms"])
-                rows.append(row)
-    return rows
+        print_text("\n".join(summary_lines(record)))
+        print_table(COLUMNS, [cells(row) for row in record["rows"]])
+        say(f"Wrote {out / 'bench.json'} and {out / 'bench.html'}")
 
 
 def disagreement(operator: Any, form: str) -> str | None:
@@ -100,73 +105,16 @@ def disagreement(operator: Any, form: str) -> str | None:
     return None
 
 
-def _time(operator: Any, form: str, case: Any, passes: str, seconds: float) -> dict[str, Any]:
-    import torch
+def _write_page(record: dict[str, Any], path: Path) -> None:
+    from seqmix.core.files import write_text
+    from seqmix.report.bench import render
 
-    from seqmix.core.errors import NoUsableForm
-    from seqmix.measure.timing import time_calls
-
-    inputs = operator.sample(case, torch.Generator().manual_seed(0))
-    names = [name for name in operator.axes if isinstance(inputs.get(name), torch.Tensor)]
-    variables = [inputs[name] for name in names]
-
-    def forward() -> torch.Tensor:
-        result = operator.function(**inputs, form=form)
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return output
-
-    def forward_and_backward() -> None:
-        torch.autograd.grad(forward(), variables, cotangent, allow_unused=True)
-
-    try:
-        with torch.no_grad():
-            cotangent = torch.randn_like(forward())
-        if passes == "forward":
-            with torch.inference_mode():
-                timing = time_calls(forward, seconds=seconds, warmup=2)
-        else:
-            for variable in variables:
-                variable.requires_grad_()
-            timing = time_calls(forward_and_backward, seconds=seconds, warmup=2)
-    except NoUsableForm as error:
-        return {"skipped": error.rejected[form]}
-    timing = timing.scaled(1e3)
-    return {
-        "median_ms": timing.median,
-        "low_ms": timing.low,
-        "high_ms": timing.high,
-        "repeats": timing.repeats,
-    }
+    write_text(path, render(record))
 
 
-COLUMNS = ["operator", "case", "form", "pass", "median ms", "ratio", "quartiles (repeats)"]
+def print_floors(record: dict[str, Any]) -> None:
+    """The speeds to reach, as a table on stdout."""
+    from seqmix.report.bench import FLOOR_COLUMNS, floor_cells, summary_lines
 
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A record as the cells of a table."""
-    start = [row["operator"], row["case"], row["form"], row["pass"]]
-    if "skipped" in row:
-        return [*start, "-", "-", row["skipped"]]
-    quartiles = f"{row['low_ms']:.3g} - {row['high_ms']:.3g} ({row['repeats']})"
-    return [*start, f"{row['median_ms']:.3g}", f"{row['ratio']:.2f}", quartiles]
-
-
-def page(record: dict[str, Any]) -> str:
-    """The record as one self-contained HTML page."""
-    from html import escape
-
-    def line(tag: str, values: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values) + "</tr>"
-
-    machine = record["machine"]
-    about = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
-    body = "\n".join(line("td", cells(row)) for row in record["rows"])
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Operators: time</title>\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        "<style>body{font:15px system-ui;margin:2em}td,th{padding:.2em .8em;text-align:left}"
-        "table{display:block;overflow-x:auto}tr:nth-child(even){background:#8881}</style>\n"
-        f"<h1>Time of every form</h1><p>{escape(about)}</p>\n"
-        "<p>Median and quartiles in milliseconds; ratio to the first form of the same case.</p>\n"
-        f"<table>{line('th', COLUMNS)}\n{body}</table></html>\n"
-    )
+    print_text("\n".join(summary_lines(record)))
+    print_table(FLOOR_COLUMNS, [floor_cells(row) for row in record["floors"]])

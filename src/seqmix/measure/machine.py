@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import seqmix
+from seqmix.kernels import ISA
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "numpy")
 IDENTITY = ("cpu", "cores", "threads", "memory_gb", "system")
@@ -23,7 +24,8 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
-        "memory_gb": _memory_gb(),
+        "instruction_set": ISA,
+        "memory_gb": memory_gb(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {"seqmix": seqmix.__version__} | _versions(),
@@ -61,7 +63,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _memory_gb() -> int:
+def memory_gb() -> int:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
 
 

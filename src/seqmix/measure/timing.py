@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,3 +67,39 @@ def time_calls(
         function()
         samples.append(time.perf_counter() - start)
     return summarise(samples)
+
+
+def time_in_turn(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    warmup: int = 1,
+    rounds: int = 5,
+    minimum: int = 3,
+) -> dict[str, Timing]:
+    """Seconds per call of each function, in turn, so that a slower moment of the machine meets all of them.
+
+    Every round gives each function `seconds / rounds`, one call at least. After `minimum` rounds it stops
+    when the time for all is over. `warmup` calls of each come first and are not counted.
+    """
+    if not 1 <= minimum <= rounds:
+        raise RangeError(
+            f"time_in_turn: minimum={minimum}, rounds={rounds}, wanted 1 <= minimum <= rounds."
+        )
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds * len(functions)
+    for turn in range(rounds):
+        if turn >= minimum and time.perf_counter() > end:
+            break
+        for name, function in functions.items():
+            spent = 0.0
+            while spent == 0.0 or spent < seconds / rounds:
+                start = time.perf_counter()
+                function()
+                took = time.perf_counter() - start
+                samples[name].append(took)
+                spent += max(took, 1e-9)
+    return {name: summarise(taken) for name, taken in samples.items()}
