@@ -262,6 +262,13 @@ def test_a_floor_is_measured_at_every_size(kind):
         assert len({json.dumps(row["sizes"]) for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize("against", ["dense", "BSR"])
+def test_block_sparse_products_are_measured(against):
+    rows = ratios.sparse_product(TINY, against=against)
+    assert all(row["ratio"] > 0 for row in rows)
+    assert rows[0]["sizes"]["tokens"] == 16
+
+
 def test_every_floor_has_its_own_name():
     names = [(floor.what, floor.against) for floor in FLOORS]
     assert len(set(names)) == len(names)

@@ -18,7 +18,13 @@ from seqmix.models.backbone import LanguageModel, ModelSpec
 from seqmix.ops import OPERATORS, Case
 
 # Yi-34B-200K, the paper's example: grouped queries, sixty layers, weights and cache in bfloat16.
-YI = {"layout": "attention(key_heads=8)", "depth": 60, "width": 7168, "heads": 56, "tied": False}
+YI: dict[str, Any] = {
+    "layout": "attention(key_heads=8)",
+    "depth": 60,
+    "width": 7168,
+    "heads": 56,
+    "tied": False,
+}
 YI |= {"channel": f"glu(expansion={20480 / 7168})", "vocabulary": 64000}
 SHORT, LONG, ANSWER = 4000, 50000, 250
 PAPER = {  # its running example
