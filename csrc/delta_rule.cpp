@@ -61,7 +61,7 @@ struct Forward {
         int64_t border = inputs.first_chunk(index, text, s.tokens);
         for (int64_t first = 0; first < text.length; first += s.tokens, ++border) {
             Part part(text, first, s);
-            chunk.load_keys<T>(inputs, part, first_head / s.group);
+            chunk.load_keys<T>(inputs, part, first_head / s.group, s.tokens);
             for (int64_t h = 0; h < heads; ++h) {
                 float* now = states + h * size;
                 int64_t head = first_head + h;
@@ -69,7 +69,7 @@ struct Forward {
                     store_rows(now, wide, s.key, piece.width, state_of(borders, border, h), borders.stride(2));
                 chunk.load_head(inputs, part, head);
                 load_rows(rows_of<T>(inputs.v, part, s.steps, head) + piece.first, inputs.v.stride(1), part.rows,
-                          part.padded, piece.width, missed, wide);
+                          part.padded, piece.width, missed, wide, s.tokens * s.steps * inputs.v.stride(1));
                 chunk.write(part, wide, now, missed, written);
                 matmul(part.tokens, wide, s.key, chunk.early_q, s.keys, 1, now, wide, output, wide);
                 if (s.steps == 1)

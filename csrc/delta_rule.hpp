@@ -95,13 +95,19 @@ inline Vector first_lanes(Vector x, int64_t count) {
     return choose(lane < int32_t(count < 0 ? 0 : count < WIDTH ? count : WIDTH), x, Vector{});
 }
 
-// Rows as float32, zeros to whole vectors and to `padded` rows.
+// Rows as float32, zeros to whole vectors and to `padded` rows. The rows of a head are too far apart for the
+// processor to see what comes next: what lies `ahead` (elements) of each is called for in advance, if it is not zero.
 template <class T>
-void load_rows(const T* from, int64_t from_row, int64_t rows, int64_t padded, int64_t width, float* to,
-               int64_t to_row) {
+void load_rows(const T* from, int64_t from_row, int64_t rows, int64_t padded, int64_t width, float* to, int64_t to_row,
+               int64_t ahead = 0) {
     for (int64_t i = 0; i < rows; ++i) {
         const T* source = from + i * from_row;
         float* target = to + i * to_row;
+        if (ahead) {
+            uintptr_t later = reinterpret_cast<uintptr_t>(source) + uintptr_t(ahead) * sizeof(T);
+            for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64)
+                __builtin_prefetch(reinterpret_cast<const void*>(later + uintptr_t(byte)), 0, 2);
+        }
         int64_t j = 0;
         for (; j + WIDTH <= width; j += WIDTH) store(target + j, load(source + j));
         if (j < width) store(target + j, load_part(source + j, width - j));
@@ -198,14 +204,15 @@ struct Chunk {
         writer_k = pieces.take(s.rows * s.keys);
     }
 
+    // `ahead` is how many tokens further the next chunk lies.
     // Keys and queries of a key head; for all of its value heads, so too their products when no column decays alone.
     template <class T>
-    void load_keys(const Inputs& inputs, const Part& part, int64_t key_head) {
+    void load_keys(const Inputs& inputs, const Part& part, int64_t key_head, int64_t ahead) {
         const Sizes& s = sizes;
         load_rows(rows_of<T>(inputs.q, part, 1, key_head), inputs.q.stride(1), part.tokens, part.tokens, s.key, q,
-                  s.keys);
+                  s.keys, ahead * inputs.q.stride(1));
         load_rows(rows_of<T>(inputs.k, part, s.steps, key_head), inputs.k.stride(1), part.rows, part.padded, s.key, k,
-                  s.keys);
+                  s.keys, ahead * s.steps * inputs.k.stride(1));
         scale_rows(part.tokens, s.keys, float(inputs.scale), inputs.normalize, q, inverse_q);
         if (inputs.normalize) scale_rows(part.rows, s.keys, 1, true, k, inverse_k);
         if (inputs.by_column()) return;
