@@ -102,6 +102,7 @@ SEQMIX_BINDINGS(module) {
         [](Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor state, Tensor bounds, int64_t steps,
            double scale, bool normalize, Tensor o, Tensor last, Tensor borders, Tensor workspace, int threads) {
             Forward pass{Inputs{q, k, v, beta, g, bounds, scale, normalize, steps}, state, o, last, borders, workspace};
+            pass.inputs.require_shapes(state, pass.inputs.texts());
             if (q.dtype == Dtype::bfloat16) pass.run<bfloat16>(threads);
             else pass.run<float>(threads);
         },
@@ -113,6 +114,7 @@ SEQMIX_BINDINGS(module) {
            double scale, bool normalize, Tensor o, Tensor last, int threads) {
             Tokens pass{Inputs{q, k, v, beta, g, bounds, scale, normalize, steps}, state, o, last};
             require(q.size(3) <= WIDEST_KEY, "the keys are too wide for the loop over tokens");
+            pass.inputs.require_shapes(state, pass.inputs.texts());
             if (q.dtype == Dtype::bfloat16) pass.run<bfloat16>(threads);
             else pass.run<float>(threads);
         },

@@ -58,6 +58,19 @@ struct Inputs {
     bool normalize;
     int64_t steps;
 
+    void require_shapes(const Tensor& states, int64_t rows) const {
+        int64_t batch = q.size(0), tokens = q.size(1), groups = q.size(2), key = q.size(3), heads = v.size(2);
+        require(q.axes == 4 && v.axes == 4 && steps > 0, "q, k and v have four axes");
+        require(groups > 0 && heads % groups == 0, "heads of q and k divide those of v");
+        require_shape(k, "k is [B, T steps, G, K]", {batch, tokens * steps, groups, key});
+        require_shape(v, "v is [B, T steps, H, V]", {batch, tokens * steps, heads, v.size(3)});
+        require_shape(beta, "beta is [B, T steps, H]", {batch, tokens * steps, heads});
+        if (by_column()) require_shape(g, "g is [B, T, H, K]", {batch, tokens, heads, key});
+        else if (g) require_shape(g, "g is [B, T, H]", {batch, tokens, heads});
+        require_shape(states, "states are [N, H, K, V]", {rows, heads, key, v.size(3)});
+        require(beta.dtype == Dtype::float32 && (!g || g.dtype == Dtype::float32) && states.dtype == Dtype::float32 &&
+                    q.dtype == k.dtype && k.dtype == v.dtype, "q, k and v share a dtype, the others are float32");
+    }
     int64_t batch() const { return q.size(0); }
     int64_t length() const { return q.size(1); }
     int64_t texts() const { return num_texts(bounds, batch()); }

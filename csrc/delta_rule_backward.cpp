@@ -253,6 +253,7 @@ SEQMIX_BINDINGS(module) {
            Tensor grad_v, Tensor grad_beta, Tensor grad_g, Tensor grad_state, Tensor workspace, int threads) {
             Backward pass{Inputs{q, k, v, beta, g, bounds, scale, normalize, steps}, borders, grad_o, grad_last,
                           grad_q, grad_k, grad_v, grad_beta, grad_g, grad_state, workspace};
+            pass.inputs.require_shapes(grad_last, pass.inputs.texts());
             if (q.dtype == Dtype::bfloat16) pass.run<bfloat16>(threads);
             else pass.run<float>(threads);
         },
