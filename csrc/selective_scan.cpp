@@ -328,6 +328,21 @@ struct Backward {
     }
 };
 
+void run(const Arguments& given, const Tensor& y, const Tensor& last, const Tensor& borders, const Tensor& workspace,
+         int threads) {
+    bool rows = given.A.stride(1) == 1 && last.stride(2) == 1 && (!given.state || given.state.stride(2) == 1);
+    if (given.length() == 1 && rows && !given.bounds && !borders) step(given, y, last, workspace, threads);
+    else Forward{given, y, last, borders, workspace}.run(threads);
+}
+
+// [B, ...] as [B, 1, ...].
+Tensor with_axis(Tensor tensor) {
+    for (int axis = tensor.axes++; axis > 1; --axis)
+        tensor.sizes[axis] = tensor.sizes[axis - 1], tensor.strides[axis] = tensor.strides[axis - 1];
+    tensor.sizes[1] = 1;
+    return tensor;
+}
+
 }  // namespace
 
 SEQMIX_BINDINGS(module) {
@@ -339,14 +354,24 @@ SEQMIX_BINDINGS(module) {
         [](Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor bias, Tensor state,
            Tensor bounds, bool softplus, bool negative, Tensor y, Tensor last, Tensor borders, Tensor workspace,
            int threads) {
-            Arguments given{u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative};
-            bool rows = A.stride(1) == 1 && last.stride(2) == 1 && (!state || state.stride(2) == 1);
-            if (given.length() == 1 && rows && !bounds && !borders) step(given, y, last, workspace, threads);
-            else Forward{given, y, last, borders, workspace}.run(threads);
+            run({u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative}, y, last, borders, workspace,
+                threads);
         },
         "u"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(), "bias"_a.none(), "state"_a.none(),
         "bounds"_a.none(), "softplus"_a, "negative"_a, "y"_a, "last"_a, "borders"_a.none(), "workspace"_a, "threads"_a,
         WithoutGil());
+    module.def(
+        "selective_scan_update",  // u, delta, z and y [B, E], B and C [B, N] or [B, G, N]; the state is written in place
+        [](Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor bias,
+           bool softplus, bool negative, Tensor y, Tensor workspace, int threads) {
+            for (Tensor* token : {&u, &delta, &z, &y, &B, &C})
+                if (*token) *token = with_axis(*token);
+            if (B.axes == 3) B = with_axis(B);
+            if (C.axes == 3) C = with_axis(C);
+            run({u, delta, A, B, C, D, z, bias, state, {}, softplus, negative}, y, state, {}, workspace, threads);
+        },
+        "state"_a, "u"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(), "bias"_a.none(), "softplus"_a,
+        "negative"_a, "y"_a, "workspace"_a, "threads"_a, WithoutGil());
     module.def(
         "selective_scan_backward",
         [](Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor bias, Tensor bounds,

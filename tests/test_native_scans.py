@@ -161,7 +161,7 @@ def test_a_history_written_in_place_is_shifted(held, length):
 def test_custom_operators_are_described_rightly():
     inputs = scan_inputs(2, 5, groups=2)
     given = (*inputs.values(), None, True, False, True)
-    token = {n: x[:, :1] if n in "u delta B C z" else x for n, x in inputs.items()}
+    token = {n: x[:, 0] if n in "u delta B C z" else x for n, x in inputs.items()}
     state = token.pop("initial_state")
     x, weight = torch.randn(2, 5, 6), torch.randn(6, 4)
     history = torch.randn(2, 3, 6)

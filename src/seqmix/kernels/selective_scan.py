@@ -78,11 +78,8 @@ def selective_scan_update(
 
     `state` [B, E, N], in float32 or bfloat16 and with any strides, is written in place. No gradients.
     """
-    u, delta, z = (None if x is None else x.unsqueeze(1) for x in (u, delta, z))
-    B, C = ((maps if maps.ndim == 3 else maps.unsqueeze(1)).unsqueeze(1) for maps in (B, C))
     A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
-    y = _update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
-    return y.squeeze(1)
+    return _update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
 
 
 def _run(
@@ -100,27 +97,14 @@ def _run(
     negative: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative)
-    y, last, borders = _fake(*inputs, keep)
-    _scan(*inputs, y, last, borders if keep else None)
-    return y, last, borders
-
-
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,
-) -> None:
     D, bias = (None if x is None else x.contiguous() for x in (D, bias))
+    inputs = (u, delta, A, B, C, D, z, bias, state, bounds, softplus, negative)
+    results = _fake(*inputs, keep)
+    y, last, borders = results
     threads = torch.get_num_threads()
     work = A.new_empty((threads, native.selective_scan_workspace(A.shape[1], False)))
-    native.selective_scan(u, delta, A, B, C, D, z, bias, *rest, work, threads)
+    native.selective_scan(*inputs, y, last, borders if keep else None, work, threads)
+    return results
 
 
 def _run_update(
@@ -136,8 +120,13 @@ def _run_update(
     softplus: bool,
     negative: bool,
 ) -> Tensor:
+    D, bias = (None if x is None else x.contiguous() for x in (D, bias))
     y = u.new_empty(u.shape)
-    _scan(u, delta, A, B, C, D, z, bias, state, None, softplus, negative, y, state, None)
+    threads = torch.get_num_threads()
+    work = A.new_empty((threads, native.selective_scan_workspace(A.shape[1], False)))
+    native.selective_scan_update(
+        state, u, delta, A, B, C, D, z, bias, softplus, negative, y, work, threads
+    )
     return y
 
 
