@@ -5,14 +5,16 @@ S_t = d_t S_{t-1} + k_t (s_t v_t)^T and o_t = scale S_t^T q_t + D v_t (csrc/line
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import columns_contiguous, custom_operator, differentiable
+from seqmix.kernels._custom import columns_contiguous, custom_operator, differentiable, sum_rows
 from seqmix.kernels._native import native
 
+FEW = 8  # tokens of a row up to which the kernel takes one by one, as in csrc/linear_attention.hpp
 HEADS_AT_ONCE = 16  # at most, of those that share q and k: each keeps its states in the workspace
 
 
@@ -37,10 +39,18 @@ def scalar_attention(
     s = step + bias (through a softplus where asked) exp(s rate), step [B, T, H], and rate, bias, skip (D) [H];
     2 exp(s rate) - 1 where `negative`. All but q, k and v in float32.
     """
-    o, last = _forward(
-        q, k, v, gate, step, rate, bias, skip, state, bounds, scale, softplus, negative
-    )
+    tensors = (q, k, v, gate, step, rate, bias, skip, state)
+    compute = _run if is_quick(v, tensors) else _forward
+    o, last = compute(*tensors, bounds, scale, softplus, negative)
     return o, last
+
+
+def is_quick(v: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would take longer than the kernel, and has nothing to do; `v` [B, T, ...]."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    plain = type(v) is Tensor and v.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and v.shape[1] <= FEW
 
 
 def _prepared(
@@ -115,11 +125,11 @@ def _run_backward(grad_o: Tensor, grad_last: Tensor, *inputs: Any) -> tuple[Tens
     )
     if pieces > 1:
         for grad, part in zip((grad_q, grad_k), parts, strict=True):
-            grad.copy_(part.sum(0))
+            grad.copy_(sum_rows(part))
     if inputs[5] is not None:
-        torch.sum(rate, 0, out=grad_rate)
+        grad_rate.copy_(sum_rows(rate))
     if inputs[7] is not None:
-        torch.sum(skip, 0, out=grad_skip)
+        grad_skip.copy_(sum_rows(skip))
     return results
 
 

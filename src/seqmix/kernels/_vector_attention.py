@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqmix.kernels._custom import columns_contiguous, custom_operator, differentiable
 from seqmix.kernels._native import native
+from seqmix.kernels._scalar_attention import is_quick
 
 
 def vector_attention(
@@ -21,7 +22,8 @@ def vector_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] in the dtype of v and the last state [N, H, K, V]; q, k, g [B, T, H, K], state in float32."""
-    o, last = _forward(q, k, v, g, state, bounds, scale)
+    compute = _run if is_quick(v, (q, k, v, g, state)) else _forward
+    o, last = compute(q, k, v, g, state, bounds, scale)
     return o, last
 
 
