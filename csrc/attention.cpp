@@ -17,6 +17,7 @@ constexpr int64_t MOST_ROWS = 192;         // queries of a line times heads that
 constexpr int64_t DECODED = 16;            // up to so many queries are a continuation of a long text
 constexpr int64_t PIECES_PER_THREAD = 4;   // threads that are slowed down take fewer of them
 constexpr int64_t SHORTEST_PIECE = 4;      // tiles
+constexpr int64_t MERGED_ALONE = 1 << 17;  // floats, which one thread reads in some ten microseconds
 
 int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -259,7 +260,9 @@ struct Attention {
                         read<T>(queries_at(own, space, head, line), with_head(line, head), tile, scratch);
             }
         });
-        for_each_task(plan.lines * plan.heads, plan.threads, [&](int64_t task, int) {
+        // What is merged is mostly too little to wake other threads for.
+        int threads = plan.readings() * plan.reading_floats() > MERGED_ALONE ? plan.threads : 1;
+        for_each_task(plan.lines * plan.heads, threads, [&](int64_t task, int) {
             int64_t index = task / plan.heads, head = task % plan.heads;
             Line line = whole(index);
             Queries queries{};
