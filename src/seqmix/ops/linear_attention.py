@@ -227,6 +227,7 @@ OPERATOR = Operator(
         Case("vector_decay", SIZES, {"gate": "vector"}),
         Case("strong_decay", SIZES, {"gate": "vector", "bias": -4.0}),
         Case("weak_decay", {**SIZES, "T": 150}, {"gate": "scalar", "bias": 9.0}),
+        Case("long_vector_decay", {**SIZES, "T": 150}, {"gate": "vector", "bias": -1.0}),
         Case("normalized", SIZES, {"gate": "scalar", "normalize": True}),
     ],
     timing=[
