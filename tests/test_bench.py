@@ -145,6 +145,7 @@ def test_curves_have_time_and_memory_and_leave_out_what_is_wrong():
         seconds=0.0,
         wrong=lambda form: "it is" if form == "native" else None,
         threads=1,
+        longest=float("inf"),
     )
     by_name = {curve["name"]: curve for curve in found}
     assert by_name["seqmix native"]["skipped"] == "disagrees with the definition: it is"
@@ -185,6 +186,15 @@ def test_page_without_curves_is_self_contained():
     assert "a &lt;fast&gt; one" in text
     assert "a &amp; b" in text
     assert "http" not in text
+
+
+def test_a_curve_ends_before_a_call_that_could_take_too_long():
+    operator = OPERATORS.get("diagonal_scan")
+    job = {"operator": operator.name, "case": operator.timing[0].name, "dtype": "float32"}
+    job |= {"pass": "forward", "names": ["seqmix chunked"], "lengths": [8, 16], "threads": 1}
+    found = curves._measure_memory(job | {"longest": 1e-9}, "seqmix chunked")
+    assert list(found["bytes"]) == [8]
+    assert "length 8 could take more than 0 s" in found["ended"]
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):

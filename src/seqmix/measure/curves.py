@@ -89,8 +89,12 @@ def measure_case(
     seconds: float,
     wrong: Callable[[str], str | None],
     threads: int,
+    longest: float = LONGEST_CALL,
 ) -> list[dict[str, Any]]:
-    """One record per curve: its points (length, ms with quartiles, bytes), or why there are none."""
+    """One record per curve: its points (length, ms with quartiles, bytes), or why there are none.
+
+    A curve ends before a call that could take more than `longest` seconds.
+    """
     found = []
     usable: dict[str, dict[int, int]] = {}
     for name in names(operator, case):
@@ -110,6 +114,7 @@ def measure_case(
     job: dict[str, Any] = {"operator": operator.name, "case": case.name, "dtype": dtype}
     job |= {"pass": passes}
     job |= {"names": list(usable), "lengths": sorted(lengths), "threads": threads}
+    job["longest"] = longest
     memory = peak_bytes(job) if usable else {}
     for curve in found:
         if (name := curve["name"]) in usable:
@@ -183,8 +188,8 @@ def _measure_memory(job: dict[str, Any], name: str) -> dict[str, Any]:
     before, slowest = 0, 0.0
     for length in (min(job["lengths"]), *job["lengths"]):  # the first warms up
         growth = (length / before) ** 2 if before else 1.0
-        if slowest * growth > LONGEST_CALL or max(taken.values(), default=0) * growth > most:
-            ended = f"length {length} could take more than {LONGEST_CALL:.0f} s or {most / 2**30:.0f} GiB"
+        if slowest * growth > job["longest"] or max(taken.values(), default=0) * growth > most:
+            ended = f"length {length} could take more than {job['longest']:.0f} s or {most / 2**30:.0f} GiB"
             break
         made, _, _ = prepare(operator, at_length(case, length), job["dtype"], name)
         timed = made.timed(job["pass"])
