@@ -46,8 +46,8 @@ inline Vector sum_each(Vector* parts) {
     }
     for (int count = WIDTH / 2; count > 0; count /= 2)
         for (int i = 0; i < count; ++i)
-            parts[i] = __builtin_shuffle(parts[i], parts[i + count], low) +
-                       __builtin_shuffle(parts[i], parts[i + count], high);
+            parts[i] = shuffle(parts[i], parts[i + count], low) +
+                       shuffle(parts[i], parts[i + count], high);
     return parts[0];
 }
 

@@ -125,7 +125,7 @@ inline Vector sums_of_rows(const float* rows) {
             odd[lane] = even[lane] + run;
         }
         for (int i = 0; i < WIDTH / run; i += 2)
-            now[i / 2] = __builtin_shuffle(now[i], now[i + 1], even) + __builtin_shuffle(now[i], now[i + 1], odd);
+            now[i / 2] = shuffle(now[i], now[i + 1], even) + shuffle(now[i], now[i + 1], odd);
     }
     return now[0];
 }

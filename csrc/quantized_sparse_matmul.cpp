@@ -48,7 +48,7 @@ inline Bytes interleave(Bytes x, Bytes y) {
             mask[lane * 16 + 2 * i] = int8_t(lane * 16 + half * 8 + i);
             mask[lane * 16 + 2 * i + 1] = int8_t(lane * 16 + half * 8 + i + WIDTH * 4);
         }
-    return __builtin_shuffle(x, y, mask);
+    return shuffle(x, y, mask);
 #endif
 }
 

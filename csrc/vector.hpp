@@ -102,6 +102,19 @@ inline void store_part(T* to, Vector x, int64_t count) {
 inline Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 
 // Written with the comparison inside, which compilers turn into one instruction.
+// Entries of two vectors laid end to end, from the given places. Clang's own shuffle wants constants.
+template <class Any, class Places>
+inline Any shuffle(Any x, Any y, Places places) {
+#if defined(__clang__)
+    constexpr int count = sizeof(Places) / sizeof(places[0]);
+    Any result;
+    for (int i = 0; i < count; ++i) result[i] = places[i] < count ? x[places[i]] : y[places[i] - count];
+    return result;
+#else
+    return __builtin_shuffle(x, y, places);
+#endif
+}
+
 inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
 inline Vector minimum(Vector x, Vector y) { return x < y ? x : y; }
 

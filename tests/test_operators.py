@@ -239,6 +239,75 @@ MUTANTS = {
 }
 
 
+SCAN = OPERATORS.get("diagonal_scan")
+scan = SCAN.forms["chunked"].run
+
+
+def fused(run):
+    return replace(SCAN, forms={"native": Form(run, fused=True)})
+
+
+def scanned(x, a, state):
+    state = torch.zeros(x.shape[0], x.shape[2]) if state is None else state
+    h, last = scan(x.float(), a.float(), state.float())
+    return h.to(x.dtype), last
+
+
+def room_after(tensor):
+    whole = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return whole - tensor.storage_offset() - tensor.numel()
+
+
+def one_written_too_far(x, a, state, cu_seqlens):
+    h, last = scanned(x, a, state)
+    o = torch.empty(h.shape, dtype=h.dtype)
+    o = o.copy_(h)
+    if room_after(o):
+        o.detach().as_strided((1,), (1,), o.storage_offset() + o.numel()).zero_()
+    return o, last
+
+
+def one_read_too_far(x, a, state, cu_seqlens):
+    h, last = scanned(x, a, state)
+    beside = x.detach().as_strided((1,), (1,), x.storage_offset() + x.shape[2])
+    return h + 0 * beside, last
+
+
+def order_of_sums_by_threads(x, a, state, cu_seqlens):
+    h, last = scanned(x, a, state)
+    return h * (1 + 4e-7 * torch.get_num_threads()), last
+
+
+broken = torch.library.Library("seqmix_tests", "FRAGMENT")
+broken.define("returns_its_argument(Tensor x) -> Tensor")
+broken.impl("returns_its_argument", lambda x: x, "CPU")
+
+
+def operator_that_returns_its_argument(x, a, state, cu_seqlens):
+    h, last = scanned(x, a, state)
+    return torch.ops.seqmix_tests.returns_its_argument(h.detach()) + (h - h.detach()), last
+
+
+@pytest.mark.parametrize(
+    ("run", "law"),
+    [
+        (one_written_too_far, "memory_outside_is_neither_read_nor_written"),
+        (one_read_too_far, "memory_outside_is_neither_read_nor_written"),
+        (order_of_sums_by_threads, "threads_change_nothing"),
+        (
+            operator_that_returns_its_argument,
+            "custom_operators_are_what_they_are_registered_as",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_laws_of_kernels_notice(run, law):
+    assert where_broken(fused(run), law)
+
+
+KERNEL_LAWS = {name for name, one in OPERATOR_LAWS.items() if "kernels" in one.needs}
+
+
 def where_broken(mutant, law):
     """The form and case on which the law first notices, or None."""
     with installed(mutant):
@@ -360,7 +429,8 @@ def test_a_broken_form_is_noticed(operator, form, run, law):
 
 
 def test_every_law_has_a_mutant_that_breaks_it():
-    assert MUTANTS.keys() == OPERATOR_LAWS.keys()
+    assert MUTANTS.keys() | KERNEL_LAWS == OPERATOR_LAWS.keys()
+    assert len(KERNEL_LAWS) == 3  # test_laws_of_kernels_notice
 
 
 def test_the_checked_description_is_put_back():

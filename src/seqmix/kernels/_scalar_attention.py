@@ -16,6 +16,9 @@ from seqmix.kernels._native import native
 
 FEW = 8  # tokens of a row up to which the kernel takes one by one, as in csrc/linear_attention.hpp
 HEADS_AT_ONCE = 16  # at most, of those that share q and k: each keeps its states in the workspace
+BACKWARD_TASKS = (
+    4  # at least, whatever the threads: into how many sums a gradient is cut decides its last bits
+)
 
 
 def scalar_attention(
@@ -67,14 +70,15 @@ def _prepared(
     scale: float,
     softplus: bool,
     negative: bool,
+    *,
+    tasks: int,
 ) -> tuple[Any, int, Any]:
     """The arguments for the kernel, the pieces of a group of heads, and the tensors that must outlive the call."""
     kept = q, k, v, state = tuple(columns_contiguous(tensor) for tensor in (q, k, v, state))
     groups, shared = q.shape[2], v.shape[2] // q.shape[2]
-    threads, texts = torch.get_num_threads(), state.shape[0]
+    texts = state.shape[0]
     pieces = -(-shared // HEADS_AT_ONCE)
-    if threads > 1:  # enough tasks for all
-        pieces = max(pieces, min(shared, -(-2 * threads // (texts * groups))))
+    pieces = max(pieces, min(shared, -(-tasks // max(1, texts * groups))))
     described = native.ScalarAttention(
         q, k, v, gate, step, rate, bias, skip, state, bounds, scale, softplus, negative, pieces
     )
@@ -86,7 +90,8 @@ def _workspace(size: int, like: Tensor) -> Tensor:
 
 
 def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
-    described, _, _kept = _prepared(*inputs)
+    threads = torch.get_num_threads()
+    described, _, _kept = _prepared(*inputs, tasks=2 * threads if threads > 1 else 1)
     o, last = _fake(*inputs)
     workspace = _workspace(described.forward_workspace(), o)
     described.forward(o, last, workspace, torch.get_num_threads())
@@ -99,7 +104,7 @@ def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run_backward(grad_o: Tensor, grad_last: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    described, pieces, _kept = _prepared(*inputs)
+    described, pieces, _kept = _prepared(*inputs, tasks=BACKWARD_TASKS)
     results = _fake_backward(grad_o, grad_last, *inputs)
     grad_q, grad_k, grad_v, grad_gate, grad_rate, grad_skip, grad_state = results
     texts, parts = inputs[8].shape[0], [grad_q.unsqueeze(0), grad_k.unsqueeze(0)]

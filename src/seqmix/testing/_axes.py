@@ -141,14 +141,20 @@ def differentiate(
     compute: Callable[[Inputs], Values],
     *,
     cotangent_dtype: torch.dtype | None = None,
+    place: Callable[[Tensor], Tensor] = torch.clone,
 ) -> tuple[Values, Values]:
-    """Results, and the gradients of every tensor argument under fixed random cotangents of every result."""
+    """Results, and the gradients of every tensor argument under fixed random cotangents of every result.
+
+    `place` copies the arguments, and the gradients of results on their way back, to where they are to lie.
+    """
     given = tensors(operator, inputs)
-    variables = {n: x.detach().clone().requires_grad_() for n, x in given.items()}
+    variables = {n: place(x.detach()).requires_grad_() for n, x in given.items()}
     results = compute({**inputs, **variables})
     generator = torch.Generator().manual_seed(7)
     total = torch.zeros((), dtype=torch.float64)
     for result in results.values():
+        if place is not torch.clone and result.requires_grad:
+            result.register_hook(place)
         cotangent = torch.randn(result.shape, generator=generator)
         if cotangent_dtype is not None:
             cotangent = cotangent.to(cotangent_dtype)

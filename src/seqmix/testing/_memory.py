@@ -1,34 +1,82 @@
-"""Uninitialised memory made visible."""
+"""Memory made visible: what nobody wrote, and what lies beside what somebody may read or write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+GUARD = 256  # bytes before and after: four of the widest vectors
+POISON = 0xFF  # in every byte: a NaN in every floating dtype, -1 in every integer dtype
+_MAKERS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Inside, `torch.empty` and its relatives give NaN, so that a row that nobody wrote cannot pass for zeros."""
 
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate(*sizes: Any, **options: Any) -> Tensor:
-            tensor = make(*sizes, **options)
-            if tensor.is_floating_point() or tensor.is_complex():
-                with torch.no_grad():
-                    tensor.fill_(torch.nan)
+    def poison(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() or tensor.is_complex():
+            with torch.no_grad():
+                tensor.fill_(torch.nan)
+        return tensor
+
+    with _changed_makers(poison):
+        yield
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Inside, what `torch.empty` and its relatives give is NaN and lies between guard words.
+
+    Raises `AssertionError` at the end if a guard word has been written to.
+    """
+    buffers: list[Tensor] = []
+
+    def guard(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu" or type(tensor) is not Tensor:
             return tensor
+        size = tensor.untyped_storage().nbytes()
+        buffer = torch.full((GUARD + size + GUARD,), POISON, dtype=torch.uint8)
+        buffers.append(buffer)
+        offset = GUARD // tensor.element_size()
+        guarded = torch.zeros(0, dtype=tensor.dtype)
+        guarded.set_(buffer.untyped_storage(), offset, tensor.shape, tensor.stride())
+        return guarded.requires_grad_(tensor.requires_grad)
 
-        return allocate
+    with _changed_makers(guard):
+        yield
+    for buffer in buffers:
+        for where, words in (("before", buffer[:GUARD]), ("after", buffer[-GUARD:])):
+            if written := int((words != POISON).sum()):
+                raise AssertionError(
+                    f"{written} bytes {where} a tensor of {len(buffer) - 2 * GUARD} bytes were written to"
+                )
 
-    with (
-        patch.object(torch, "empty", poisoned(torch.empty)),
-        patch.object(torch, "empty_like", poisoned(torch.empty_like)),
-        patch.object(torch, "empty_strided", poisoned(torch.empty_strided)),
-        patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
-    ):
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same values with NaN (-1 if whole numbers) before, after and between the rows of the last axis."""
+    if tensor.ndim == 0:
+        return tensor.clone()
+    margin = GUARD // tensor.element_size()
+    shape = (*tensor.shape[:-1], tensor.shape[-1] + margin)
+    rows = tensor.shape[:-1].numel() * shape[-1]
+    fill = torch.nan if tensor.is_floating_point() else -1
+    room = torch.full((margin + rows,), fill, dtype=tensor.dtype)
+    copy = room[margin:].view(shape)[..., : tensor.shape[-1]]
+    copy.copy_(tensor)
+    return copy
+
+
+@contextmanager
+def _changed_makers(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def changed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *sizes, **options: change(make(*sizes, **options))
+
+    with ExitStack() as stack:
+        for place, name in _MAKERS:
+            stack.enter_context(patch.object(place, name, changed(getattr(place, name))))
         yield

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seqmix.core.errors import NoUsableForm, SeqmixError
 from seqmix.core.numerics import assert_as_accurate, assert_equal_within
@@ -85,13 +86,27 @@ def equal(got: Values, wanted: Values, tolerance: float, what: str = "") -> None
         assert_equal_within(got[name], wanted[name], what=f"{name}{what}", tolerance=tolerance)
 
 
+def same_bits(first: tuple[Values, Values], second: tuple[Values, Values], what: str) -> None:
+    for part in (0, 1):
+        for name, value in first[part].items():
+            if not torch.equal(value, second[part][name]):
+                raise AssertionError(f"{name} differs {what}")
+
+
 def by_form(
-    operator: Operator, form: str, case: Case, dtype: torch.dtype, *, extreme: bool = False
+    operator: Operator,
+    form: str,
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    extreme: bool = False,
+    place: Callable[[Tensor], Tensor] = torch.clone,
 ) -> tuple[Values, Values]:
     inputs = ax.draw(operator, case, extreme=extreme, dtype=dtype)
     if form in operator.forms and not operator.forms[form].trains:
-        return ax.call(operator, form, inputs), {}
-    return ax.differentiate(operator, inputs, lambda i: ax.call(operator, form, i))
+        placed = ax.replace_tensors(operator, inputs, lambda _, x: place(x))
+        return ax.call(operator, form, placed), {}
+    return ax.differentiate(operator, inputs, lambda i: ax.call(operator, form, i), place=place)
 
 
 def agree(operator: Operator, form: str, case: Case, *, extreme: bool = False) -> None:

@@ -18,7 +18,8 @@ from seqmix.core.numerics import assert_as_accurate
 from seqmix.ops._operator import Case, Form, Operator
 from seqmix.testing import _axes as ax
 from seqmix.testing._axes import Inputs, Values
-from seqmix.testing._memory import poisoned_memory
+from seqmix.testing._custom import check_registration, recorded_calls
+from seqmix.testing._memory import guarded_memory, poisoned_memory, surrounded
 from seqmix.testing._trials import (
     Inapplicable,
     agree,
@@ -28,14 +29,17 @@ from seqmix.testing._trials import (
     installed,
     refuses,
     runnable,
+    same_bits,
     sharp,
     sharpest,
 )
 
+HALF_AND_FULL = (torch.float32, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Law:
-    """A sentence that must hold; `needs` names what an operator or case must have for it to apply."""
+    """A sentence that must hold; `needs` names what an operator, form or case must have for it to apply."""
 
     check: Callable[[Operator, str, Case], None]
     needs: tuple[str, ...] = ()
@@ -44,8 +48,9 @@ class Law:
     def name(self) -> str:
         return self.check.__name__
 
-    def applies(self, operator: Operator, case: Case) -> bool:
+    def applies(self, operator: Operator, form: str, case: Case) -> bool:
         has = {
+            "kernels": operator.forms[form].fused,
             "state": operator.has_state,
             "packing": ax.accepts(operator, "cu_seqlens") and case.get("S", case["T"]) == case["T"],
             "causality": case.get("causal", True) is not False,
@@ -258,10 +263,52 @@ def repeated_calls_are_equal(operator: Operator, form: str, case: Case) -> None:
     """The same arguments give the same bits, forward and backward."""
     case = runnable(operator, form, case)
     first, second = (by_form(operator, form, case, torch.float32) for _ in range(2))
-    for part in (0, 1):
-        for name, value in first[part].items():
-            if not torch.equal(value, second[part][name]):
-                raise AssertionError(f"{name} differs between two calls")
+    same_bits(first, second, "in a second call")
+
+
+@law("kernels")
+def memory_outside_is_neither_read_nor_written(operator: Operator, form: str, case: Case) -> None:
+    """Guard words around all that is allocated stay as they were; NaN around the arguments is not seen."""
+    case = runnable(operator, form, case)
+    for dtype in HALF_AND_FULL:
+        try:
+            plain = by_form(operator, form, case, dtype)
+            with guarded_memory():
+                got = by_form(operator, form, case, dtype, place=surrounded)
+        except NoUsableForm:
+            continue
+        same_bits(got, plain, f"{dtype}, with NaN around the arguments,")
+
+
+@law("kernels")
+def threads_change_nothing(operator: Operator, form: str, case: Case) -> None:
+    """One thread and two give the same bits, forward and backward."""
+    case = runnable(operator, form, case)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(by_form(operator, form, case, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    same_bits(*results, "with two threads")
+
+
+@law("kernels")
+def custom_operators_are_what_they_are_registered_as(
+    operator: Operator, form: str, case: Case
+) -> None:
+    """Schema, shape function and gradient of every custom operator that a call uses (`torch.library.opcheck`)."""
+    case = runnable(operator, form, case)
+    with recorded_calls() as calls:
+        by_form(operator, form, case, torch.float32)
+    if not calls:
+        raise Inapplicable(f"{form} calls no custom operator")
+    for one, (args, kwargs) in calls.items():
+        try:
+            check_registration(one, args, kwargs)
+        except Exception as error:
+            raise AssertionError(f"{one}: {error}") from error
 
 
 @law("value")
@@ -389,7 +436,7 @@ def checks(operator: Operator) -> Iterator[tuple[Law, str, Case]]:
     for case in operator.cases:
         for form in operator.forms:
             for one in OPERATOR_LAWS.values():
-                if one.applies(operator, case):
+                if one.applies(operator, form, case):
                     yield one, form, case
 
 
