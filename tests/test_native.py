@@ -53,7 +53,8 @@ WITHOUT = """
 import sys
 sys.modules["seqmix.kernels._processor"] = None  # as if never built
 import pkgutil
-pkgutil.iter_modules = lambda *_: []
+every = pkgutil.iter_modules
+pkgutil.iter_modules = lambda *where: (m for m in every(*where) if not m.name.startswith("_native_"))
 """
 
 
