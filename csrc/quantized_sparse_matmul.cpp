@@ -91,15 +91,13 @@ float row_factor(const T* row, int64_t inputs, float& factor) {
 
 // panel[i * TILE + place] = rounded x; factors[t] by token. Beyond the last token, the last one again.
 template <class T>
-void pack(const Tokens<T>& x, int64_t token, int64_t tokens, int64_t inputs, int8_t* panel, float* factors) {
+void pack(const Tokens<const T>& x, int64_t token, int64_t tokens, int64_t inputs, int8_t* panel, float* factors) {
     const T* rows[TILE];
     float scale[TILE];
-    for (int64_t t = 0; t < TILE; ++t) {
-        int64_t here = t < tokens ? t : tokens - 1;
-        rows[t] = x[token + here];
-        if (t == here) scale[t] = row_factor(rows[t], inputs, factors[t]);
-        else scale[t] = scale[here], factors[t] = factors[here];
-    }
+    x.addresses(token, tokens, rows);
+    for (int64_t t = 0; t < tokens; ++t) scale[t] = row_factor(rows[t], inputs, factors[t]);
+    for (int64_t t = tokens; t < TILE; ++t)
+        rows[t] = rows[tokens - 1], scale[t] = scale[tokens - 1], factors[t] = factors[tokens - 1];
     for (int64_t column = 0; column < inputs; column += GROUP) {
         int8_t rounded[GROUP * TILE];  // [place][lane][16 inputs]
         for (int place = 0; place < 16; ++place)
@@ -241,13 +239,16 @@ void multiply(const Tensor& x, const Weights& weights, const Tensor& y, const Te
             float* strip_results = factors + TILE;
             int64_t first = strip * together, last = first + together;
             last = last < block_rows ? last : block_rows;
-            int64_t tokens = plan.tokens_of(tile);
+            const int64_t tokens = plan.tokens_of(tile), outputs = (last - first) * ROWS;
+            T* rows[TILE];
+            to.addresses(tile * TILE, tokens, rows);
+            expect_strip(outputs, rows, tokens, first * ROWS);
             for (int64_t row = first; row < last; ++row) {
                 float* here = strip_results + (row - first) * ROWS * TILE;
                 if (tokens <= 2 * WIDTH) row_results<2>(weights, row, panel(thread), factors, here);
                 else row_results<TILE_VECTORS>(weights, row, panel(thread), factors, here);
             }
-            write_strip(strip_results, (last - first) * ROWS, to, tile * TILE, tokens, first * ROWS);
+            write_strip(strip_results, outputs, rows, tokens, first * ROWS);
         });
 }
 

@@ -11,10 +11,12 @@ constexpr int ROWS = 4;  // outputs whose sums are in registers at once: ROWS * 
 
 // panel[i * TILE + t] = x[token + t][i]. Beyond the last token, the last one again: its results are not written.
 template <class T>
-void pack(const Tokens<T>& x, int64_t token, int64_t tokens, int64_t inputs, float* panel) {
+void pack(const Tokens<const T>& x, int64_t token, int64_t tokens, int64_t inputs, float* panel) {
+    const T* every_row[TILE];
+    x.addresses(token, tokens, every_row);
+    for (int64_t t = tokens; t < TILE; ++t) every_row[t] = every_row[tokens - 1];
     for (int64_t t = 0; t < round_up(tokens); t += WIDTH) {
-        const T* rows[WIDTH];
-        for (int i = 0; i < WIDTH; ++i) rows[i] = x[token + (t + i < tokens ? t + i : tokens - 1)];
+        const T* const* rows = every_row + t;
         int64_t column = 0;
         Vector lines[WIDTH];
         for (; column + WIDTH <= inputs; column += WIDTH) {
@@ -87,12 +89,16 @@ void multiply(const Tensor& x, const Weights& weights, const Tensor& y, const Te
             float* results = panel(thread) + inputs * TILE;
             int64_t first = strip * together, last = first + together;
             last = last < weights.block_rows() ? last : weights.block_rows();
-            with_vectors(plan.tokens_of(tile), [&](auto count) {
+            const int64_t tokens = plan.tokens_of(tile), outputs = (last - first) * height;
+            T* rows[TILE];
+            to.addresses(tile * TILE, tokens, rows);
+            expect_strip(outputs, rows, tokens, first * height);
+            with_vectors(tokens, [&](auto count) {
                 for (int64_t row = first; row < last; ++row)
                     block_row_results<decltype(count)::value>(weights, row, panel(thread),
                                                               results + (row - first) * height * TILE);
             });
-            write_strip(results, (last - first) * height, to, tile * TILE, plan.tokens_of(tile), first * height);
+            write_strip(results, outputs, rows, tokens, first * height);
         });
 }
 

@@ -23,7 +23,15 @@ struct Tokens {
 
     explicit Tokens(const Tensor& tensor)
         : data(tensor.as<T>()), length(tensor.size(1)), row_stride(tensor.stride(0)), token_stride(tensor.stride(1)) {}
-    T* operator[](int64_t token) const { return data + token / length * row_stride + token % length * token_stride; }
+
+    // at[i] = the address of token first + i, for i < count: divisions are dear, so one for all of them.
+    void addresses(int64_t first, int64_t count, T** at) const {
+        int64_t row = first / length, place = first % length;
+        for (int64_t i = 0; i < count; ++i) {
+            at[i] = data + row * row_stride + place * token_stride;
+            if (++place == length) place = 0, ++row;
+        }
+    }
 };
 
 // A task is a strip of outputs for a tile of tokens. Threads hold the panel of the tile they worked on last, so
@@ -54,23 +62,33 @@ struct Plan {
     int64_t tokens_of(int64_t tile) const { return tokens - tile * TILE < TILE ? tokens - tile * TILE : TILE; }
 };
 
-// y[token, first + o] = results[o, token] for o < outputs; rows of `results` are TILE long and there are
-// round_up(outputs) of them.
+// to[t][first + o] = results[o, t] for o < outputs; rows of `results` are TILE long and there are round_up(outputs).
 template <class T>
-void write_strip(const float* results, int64_t outputs, const Tokens<T>& y, int64_t token, int64_t tokens,
-                 int64_t first) {
-    float turned[WIDTH * WIDTH];
+void write_strip(const float* results, int64_t outputs, T* const* to, int64_t tokens, int64_t first) {
     for (int64_t t = 0; t < tokens; t += WIDTH)
         for (int64_t o = 0; o < outputs; o += WIDTH) {
-            transpose_block(results + o * TILE + t, TILE, turned, WIDTH);
-            int64_t rows = tokens - t < WIDTH ? tokens - t : WIDTH, columns = outputs - o;
+            const int64_t rows = tokens - t < WIDTH ? tokens - t : WIDTH, columns = outputs - o;
+            Vector lines[WIDTH];
+            for (int i = 0; i < WIDTH; ++i) lines[i] = load(results + (o + i) * TILE + t);
+            transpose_vectors(lines);
+            if (rows == WIDTH && columns >= WIDTH) {
+                for (int i = 0; i < WIDTH; ++i) store(to[t + i] + first + o, lines[i]);
+                continue;
+            }
+            float turned[WIDTH * WIDTH];  // so that `lines` can stay in registers
+            for (int i = 0; i < WIDTH; ++i) store(turned + i * WIDTH, lines[i]);
             for (int64_t i = 0; i < rows; ++i) {
-                T* to = y[token + t + i] + first + o;
-                Vector line = load(turned + i * WIDTH);
-                if (columns >= WIDTH) store(to, line);
-                else store_part(to, line, columns);
+                if (columns >= WIDTH) store(to[t + i] + first + o, load(turned + i * WIDTH));
+                else store_part(to[t + i] + first + o, load(turned + i * WIDTH), columns);
             }
         }
+}
+
+// Fetches what `write_strip` will write, to be there when the sums of the strip are.
+template <class T>
+void expect_strip(int64_t outputs, T* const* to, int64_t tokens, int64_t first) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t o = 0; o < outputs; o += 64 / sizeof(T)) __builtin_prefetch(to[t] + first + o, 1, 2);
 }
 
 // The number of vectors that hold `tokens`, as a constant: visit(Rows<1>{}) to visit(Rows<TILE_VECTORS>{}).
