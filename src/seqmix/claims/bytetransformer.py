@@ -304,8 +304,8 @@ CLAIM = Claim(
         "paper share": 0.6,
         "attention texts": [[16, 128], [16, 256], [16, 512], [4, 1024]],
         "attention shares": [0.4, 0.6, 1.0],
-        "encoder texts": [[16, 128], [8, 256], [4, 512]],
+        "encoder texts": [[16, 128], [4, 512]],
         "encoder shares": [0.4, 0.5, 0.6, 0.7, 1.0],
-        "repeats": 7,
+        "repeats": 5,
     },
 )
