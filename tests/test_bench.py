@@ -1,5 +1,6 @@
 """`seqmix bench`: only right forms get times, a stopped run goes on, and every speed to reach is measured."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from functools import partial
@@ -277,6 +278,17 @@ def test_block_sparse_products_are_measured(against):
     rows = ratios.sparse_product(TINY, against=against)
     assert all(row["ratio"] > 0 for row in rows)
     assert rows[0]["sizes"]["tokens"] == 16
+
+
+def test_whole_models_are_measured_where_there_is_acceleration():
+    (floor,) = [f for f in FLOORS if f.what.startswith("Mamba, whole model, decoding")]
+    (row,) = measure_floor(floor, TINY)
+    if importlib.util.find_spec("seqmix.measure.hybrids") is None:
+        assert "is not in this version" in row["skipped"]
+    else:
+        assert row["ratio"] > 0
+        assert row["tokens_per_second"] > 0
+        assert row["work"]["bytes"] > 0
 
 
 def test_every_floor_has_its_own_name():

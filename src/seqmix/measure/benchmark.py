@@ -20,7 +20,6 @@ from seqmix.measure.calls import DTYPES, PASSES
 from seqmix.measure.floors import FLOORS, measure_floor, summarise
 from seqmix.measure.kept import Kept
 from seqmix.measure.machine import describe
-from seqmix.measure.ratios import whole_models
 from seqmix.measure.roofs import Settings, measure_roofs
 from seqmix.ops import OPERATORS
 from seqmix.ops._operator import Operator
@@ -154,11 +153,9 @@ def measure_floors(choice: Choice, *, out: Path, say: Say = lambda line: None) -
     kept = _open(out / ".speed.partial.json", choice)
     record = _start(choice, kept)
     for number, floor in enumerate(FLOORS):
-        say(f"[{number + 1}/{len(FLOORS) + 1}] {floor.what} against {floor.against}")
+        say(f"[{number + 1}/{len(FLOORS)}] {floor.what} against {floor.against}")
         name = f"{floor.what} against {floor.against}"
         record["rows"] += kept(name, partial(measure_floor, floor, choice.settings()))
-    say(f"[{len(FLOORS) + 1}/{len(FLOORS) + 1}] whole models")
-    record["rows"] += kept("whole models", lambda: whole_models(choice.settings(), say))
     record["floors"] = summarise(record["rows"], record["roofs"])
     return _finish(kept, out / "speed.json", record)
 

@@ -24,6 +24,7 @@ from seqmix.measure.ratios import (
     against_product,
     bfloat16_gain,
     sparse_product,
+    whole_model,
 )
 from seqmix.measure.roofs import Settings, limits
 from seqmix.ops import OPERATORS, Case
@@ -144,6 +145,13 @@ KINDS = (
     ("linear_attention, vector decay", LINEAR["vector"], 0.45, 0.3),
     ("delta_rule, scalar gate", DELTA, 0.55, 0.35),
 )
+HYBRIDS = (  # 4 layers, width 256; tokens of a text, or decoded tokens
+    ("Mamba, T = 512", "mamba", "training", 512, 25),
+    ("Qwen3-Next-like, T = 2048", "qwen3_next", "training", 2048, 1.6),
+    ("Qwen3-Next-like, T = 8192", "qwen3_next", "training", 8192, 2.5),
+    ("Mamba", "mamba", "decoding", 64, 1.5),
+    ("Qwen3-Next-like", "qwen3_next", "decoding", 64, 1.2),
+)
 GAINS = (*KINDS, ("selective_scan, E = 512, N = 16", SCAN, 0.0, 0.0))
 FLOORS: tuple[Floor, ...] = (
     *(_rate(what, least, shapes, FORWARD) for what, shapes, least, _ in KINDS),
@@ -168,6 +176,15 @@ FLOORS: tuple[Floor, ...] = (
             measure=partial(sparse_product, against=against),
         )
         for against, least in (("dense", 4), ("BSR", 3))
+    ),
+    *(
+        Floor(
+            what=f"{name}, whole model, {task}",
+            against="transformers without acceleration",
+            at_least=least,
+            measure=partial(whole_model, family, task, length),
+        )
+        for name, family, task, length, least in HYBRIDS
     ),
     _faster("linear_attention, scalar decay, from T = 512", 1, _short(), SOFTMAX, FORWARD),
     *(

@@ -31,7 +31,7 @@ from seqmix.measure.calls import (
 )
 from seqmix.measure.peers import Peer
 from seqmix.measure.roofs import Settings
-from seqmix.measure.timing import time_in_turn
+from seqmix.measure.timing import Timing, time_in_turn
 from seqmix.ops import OPERATORS, Case
 
 FORWARD, BOTH = PASSES
@@ -185,15 +185,29 @@ def bsr(weight: Tensor, height: int, width: int) -> Tensor:
         return weight.to_sparse_bsr((height, width))
 
 
-def whole_models(settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """Models of transformers with and without `seqmix.accelerate`: rows that bring their own floors."""
+def whole_model(family: str, task: str, length: int, settings: Settings) -> list[Row]:
+    """A small model of transformers with `seqmix.accelerate` against the same without.
+
+    Its FLOPs are those of its weights alone: 6 per weight and token in training, 2 in decoding, where every
+    token also reads all weights.
+    """
     if importlib.util.find_spec("seqmix.measure.hybrids") is None:
-        reason = "seqmix.measure.hybrids, which measures them, is not in this version"
-        return [{"what": "whole models", "against": "transformers", "skipped": reason}]
+        raise SeqmixError("seqmix.measure.hybrids, which measures it, is not in this version")
     hybrids = importlib.import_module("seqmix.measure.hybrids")
-    quick = settings.shrink > 1
-    rows: list[Row] = hybrids.measure_hybrids(seconds=settings.seconds, quick=quick, say=say)
-    return rows
+    length = max(1, length // settings.shrink)
+    found = hybrids.measure_hybrids(family, task, length=length)
+    weights = sum(weight.numel() for weight in hybrids.build(family).parameters())
+    training = task == "training"
+    work = Work(
+        flops=(6.0 if training else 2.0) * weights * length,
+        bytes=4.0 * weights * (3 if training else length),
+    )
+    timings = {
+        name: Timing(length / rate.median, length / rate.high, length / rate.low, rate.repeats)
+        for name, rate in (("ours", found.accelerated), ("theirs", found.plain))
+    }
+    speed = {"tokens_per_second": found.accelerated.median}
+    return [_row({"T": length}, found.ratio, timings, work, **speed)]
 
 
 def _row(
