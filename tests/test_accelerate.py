@@ -12,8 +12,7 @@ import torch
 import transformers
 
 import seqmix
-from seqmix.convert._functions import REPLACEMENTS
-from seqmix.convert._places import places
+from seqmix.convert._places import FUNCTIONS, places
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import assert_as_accurate, assert_equal_within, relative_error
 
@@ -399,14 +398,14 @@ def test_borders_must_fit_the_tokens():
         build("mamba")(tokens(1, 5), seq_idx=torch.zeros(1, 3), use_cache=False)
 
 
-@pytest.mark.parametrize("name", sorted(REPLACEMENTS))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_tensors_elsewhere_go_where_transformers_sends_them(name):
     """What a GPU gets, as far as a machine without one can tell: tensors on the meta device stand for it."""
     calls = []
     reference = functools.partial(lambda *args, **kwargs: calls.append((args, kwargs)))
     reference.__name__ = name
-    ours = REPLACEMENTS[name].make(reference)
-    arguments = [torch.empty(1, 2, 3, device="meta") for _ in REPLACEMENTS[name].parameters]
+    ours = FUNCTIONS[name].make(reference)
+    arguments = [torch.empty(1, 2, 3, device="meta") for _ in FUNCTIONS[name].parameters]
     ours(*arguments, 64) if name == "mamba2_chunk_scan" else ours(*arguments)
     [(args, _)] = calls
     assert all(given is wanted for given, wanted in zip(args, arguments, strict=False))

@@ -19,13 +19,15 @@ from torch.nn.parameter import Parameter
 from transformers.activations import ACT2FN
 
 from seqmix.convert._texts import bounds_of, last_of_rows, one_row
+from seqmix.kernels import delta_rule as kernel
+from seqmix.kernels import missing
 from seqmix.ops.delta_rule import delta_rule
 from seqmix.ops.selective_scan import selective_scan
 from seqmix.ops.short_convolution import short_convolution
 from seqmix.ops.state_space_dual import state_space_dual
 
 Function = Callable[..., Any]
-_SILU = ("silu", "swish")
+SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ def _causal_conv1d_fn(reference: Function) -> Function:
         batch, _, length = hidden_states.shape
         bounds = bounds_of(kwargs, batch, length)
         x = hidden_states.transpose(1, 2)
-        ours = activation is None or activation in _SILU
+        ours = activation is None or activation in SILU
         y, _ = short_convolution(
             x if bounds is None else one_row(x),
             weight,
             bias,
-            activation="silu" if activation in _SILU else None,
+            activation="silu" if activation in SILU else None,
             cu_seqlens=bounds,
         )
         if not ours:
@@ -218,18 +220,22 @@ def _delta_rule(reference: Function, *, has_chunk: bool) -> Function:
         if has_chunk and args:  # chunk_size has no meaning here
             args = args[1:]
         options = dict(zip(_DELTA_OPTIONS, args, strict=False)) | kwargs
-        batch, length, heads = value.shape[:3]
+        batch, length = value.shape[:2]
         bounds = options.get("cu_seqlens")
         if bounds is None:
             bounds = bounds_of(options, batch, length)
-        query, key = (_per_head(tensor, heads) for tensor in (query, key))
+        normalize = options.get("use_qk_l2norm_in_kernel", False)
+        state = options.get("initial_state")
         tensors = (query, key, value, beta, g)
+        if length == 1 and bounds is None and not torch.is_grad_enabled() and not missing(*tensors):
+            o, state = kernel.delta_rule(*tensors, state, qk_l2norm=normalize)  # without our checks
+            return o, state if options.get("output_final_state") else None
         if bounds is not None:
             tensors = tuple(one_row(tensor) for tensor in tensors)
         o, state = delta_rule(
             *tensors,
-            qk_l2norm=options.get("use_qk_l2norm_in_kernel", False),
-            initial_state=options.get("initial_state"),
+            qk_l2norm=normalize,
+            initial_state=state,
             output_final_state=options.get("output_final_state", False),
             cu_seqlens=bounds,
         )
@@ -249,12 +255,6 @@ def _no_shortcut(reference: Function) -> Function:
         return None if computed_here(first) else reference(first, *args, **kwargs)
 
     return shortcut
-
-
-def _per_head(tensor: Tensor, heads: int) -> Tensor:
-    """Queries or keys shared by neighbouring value heads, once for each of them."""
-    shared = heads // tensor.shape[2]
-    return tensor if shared == 1 else tensor.repeat_interleave(shared, dim=2)
 
 
 def _chunked_delta_rule(reference: Function) -> Function:

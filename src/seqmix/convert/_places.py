@@ -14,12 +14,32 @@ from transformers.modeling_utils import PreTrainedModel
 
 from seqmix.convert._functions import REPLACEMENTS, Function, Replacement
 from seqmix.convert._inline import lightning_attention, rwkv_linear_attention
+from seqmix.convert._steps import (
+    causal_conv1d_update,
+    mamba2_selective_state_update,
+    mamba_selective_state_update,
+)
 from seqmix.convert._texts import hand_on, remember
 
 _RWKV = Replacement(
     "diagonal_scan", rwkv_linear_attention, ("time_decay", "time_first", "key", "value", "state")
 )
-_FUNCTIONS: Mapping[str, Replacement] = {**REPLACEMENTS, "rwkv_linear_attention": _RWKV}
+_UPDATE = ("state", "hidden_states", "dt", "A", "B", "C", "D")
+FUNCTIONS: Mapping[str, Replacement] = {
+    **REPLACEMENTS,
+    "causal_conv1d_update": Replacement(
+        "short_convolution",
+        causal_conv1d_update,
+        ("hidden_states", "conv_state", "weight", "bias", "activation"),
+    ),
+    "mamba_selective_state_update": Replacement(
+        "selective_scan", mamba_selective_state_update, _UPDATE
+    ),
+    "mamba2_selective_state_update": Replacement(
+        "state_space_dual", mamba2_selective_state_update, _UPDATE
+    ),
+    "rwkv_linear_attention": _RWKV,
+}
 _FORWARDS: Mapping[str, Replacement] = {  # class -> its forward
     "MiniMaxLightningAttention": Replacement(
         "linear_attention",
@@ -46,7 +66,7 @@ class Place:
 def places(module: ModuleType) -> Iterator[Place]:
     """The places of a modelling module whose functions are the known ones, with the parameters that we know."""
     known = set()
-    for name, replacement in _FUNCTIONS.items():
+    for name, replacement in FUNCTIONS.items():
         if _is_known(vars(module).get(name), replacement):
             known.add(name)
             yield Place(module, name, replacement.make, replacement.operator)
