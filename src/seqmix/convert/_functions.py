@@ -1,7 +1,9 @@
 """The functions that transformers' hybrid models call, computed by our operators.
 
 A replacement is made from the reference that it replaces, has the same signature, and hands back to the reference
-what it does not compute: tensors on other devices, tensor subclasses, and models being exported.
+what it does not compute: tensors on other devices, tensor subclasses, and models being exported. One text a row goes
+to the compiled kernels without the checks of our public functions; packed texts, and dtypes that the kernels do not
+take, go through those.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from transformers.activations import ACT2FN
 
+from seqmix.convert import _kernels as kernels
 from seqmix.convert._texts import bounds_of, last_of_rows, one_row
-from seqmix.kernels import delta_rule as kernel
 from seqmix.kernels import missing
 from seqmix.ops.delta_rule import delta_rule
 from seqmix.ops.selective_scan import selective_scan
@@ -28,6 +30,8 @@ from seqmix.ops.state_space_dual import state_space_dual
 
 Function = Callable[..., Any]
 SILU = ("silu", "swish")
+_DTYPES = (torch.float32, torch.bfloat16)
+_COMPILED = missing() is None
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,20 @@ class Replacement:
 
 
 def computed_here(tensor: Tensor) -> bool:
-    """Whether our operators compute with this tensor: a plain one on the CPU, in a model that is not exported."""
-    return (
-        tensor.is_cpu and type(tensor) in (Tensor, Parameter) and not torch.compiler.is_exporting()
-    )
+    """Whether our operators compute with this tensor: a plain one on the CPU, in a model that is not exported.
+
+    torch.compile follows the compiled kernels, but not the checks of our public functions.
+    """
+    if not (tensor.is_cpu and type(tensor) in (Tensor, Parameter)):
+        return False
+    if not torch.compiler.is_compiling():
+        return True
+    return taken(tensor) and not torch.compiler.is_exporting()
+
+
+def taken(*tensors: Tensor) -> bool:
+    """Whether there are compiled kernels and they take these dtypes: `missing` for tensors known to be on the CPU."""
+    return _COMPILED and all(tensor.dtype in _DTYPES for tensor in tensors)
 
 
 def plain(reference: Function) -> Function:
@@ -65,15 +79,18 @@ def _causal_conv1d_fn(reference: Function) -> Function:
         batch, _, length = hidden_states.shape
         bounds = bounds_of(kwargs, batch, length)
         x = hidden_states.transpose(1, 2)
-        ours = activation is None or activation in SILU
-        y, _ = short_convolution(
-            x if bounds is None else one_row(x),
-            weight,
-            bias,
-            activation="silu" if activation in SILU else None,
-            cu_seqlens=bounds,
-        )
-        if not ours:
+        ours = "silu" if activation in SILU else None
+        if bounds is None and taken(x, weight):
+            y, _ = kernels.short_convolution(x, weight, bias, None, activation=ours)
+        else:
+            y, _ = short_convolution(
+                x if bounds is None else one_row(x),
+                weight,
+                bias,
+                activation=ours,
+                cu_seqlens=bounds,
+            )
+        if activation is not None and ours is None:
             y = ACT2FN[activation](y)
         return y.reshape(x.shape).transpose(1, 2)
 
@@ -116,21 +133,24 @@ def _mamba_selective_scan(reference: Function) -> Function:
             tensor = tensor.transpose(1, 2)
             return tensor if bounds is None else one_row(tensor)
 
-        y, state = selective_scan(
-            turned(hidden_states),
-            turned(dt),
-            A,
-            turned(B),
-            turned(C),
-            D,
-            z=None if z is None else turned(z),
-            delta_bias=delta_bias,
-            delta_softplus=delta_softplus,
-            output_final_state=return_last_state,
-            cu_seqlens=bounds,
-        )
+        u, delta, B, C = (turned(tensor) for tensor in (hidden_states, dt, B, C))
+        z = None if z is None else turned(z)
+        state: Tensor | None
+        if bounds is None and taken(u, delta, B, C):
+            y, state = kernels.selective_scan(
+                *(u, delta, A, B, C, D, z, delta_bias, None), delta_softplus=delta_softplus
+            )
+        else:
+            y, state = selective_scan(
+                *(u, delta, A, B, C, D),
+                z=z,
+                delta_bias=delta_bias,
+                delta_softplus=delta_softplus,
+                output_final_state=True,
+                cu_seqlens=bounds,
+            )
         y = y.reshape(batch, length, -1).transpose(1, 2)
-        if state is None:
+        if state is None or not return_last_state:
             return y
         return y, state if bounds is None else last_of_rows(state, bounds, batch, length)
 
@@ -177,23 +197,27 @@ def _mamba2_chunk_scan(reference: Function) -> Function:
             dt = dt.float() if dt_bias is None else dt.float() + dt_bias
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
             dt_bias, dt_softplus = None, False
-        if bounds is not None:
-            x, dt, B, C = (one_row(tensor) for tensor in (x, dt, B, C))
-        y, state = state_space_dual(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_bias=dt_bias,
-            dt_softplus=dt_softplus,
-            initial_state=None if initial_states is None else initial_states.transpose(-1, -2),
-            output_final_state=return_final_states,
-            cu_seqlens=bounds,
-        )
+        state = None if initial_states is None else initial_states.transpose(-1, -2)
+        if bounds is None and dt_softplus and taken(x, dt, B, C):
+            y, state = kernels.state_space_dual(
+                *(x, dt, A, B, C, D, dt_bias, state),
+                softplus=True,
+                negative_eigenvalues=False,
+                cu_seqlens=None,
+            )
+        else:
+            if bounds is not None:
+                x, dt, B, C = (one_row(tensor) for tensor in (x, dt, B, C))
+            y, state = state_space_dual(
+                *(x, dt, A, B, C, D),
+                dt_bias=dt_bias,
+                dt_softplus=dt_softplus,
+                initial_state=state,
+                output_final_state=True,
+                cu_seqlens=bounds,
+            )
         y = y.reshape(hidden_states.shape).contiguous()  # callers take a view
-        if state is None:
+        if state is None or not return_final_states:
             return y
         if bounds is not None:
             state = last_of_rows(state, bounds, batch, length)
@@ -227,8 +251,8 @@ def _delta_rule(reference: Function, *, has_chunk: bool) -> Function:
         normalize = options.get("use_qk_l2norm_in_kernel", False)
         state = options.get("initial_state")
         tensors = (query, key, value, beta, g)
-        if length == 1 and bounds is None and not torch.is_grad_enabled() and not missing(*tensors):
-            o, state = kernel.delta_rule(*tensors, state, qk_l2norm=normalize)  # without our checks
+        if bounds is None and taken(*tensors):
+            o, state = kernels.delta_rule(*tensors, state, qk_l2norm=normalize)
             return o, state if options.get("output_final_state") else None
         if bounds is not None:
             tensors = tuple(one_row(tensor) for tensor in tensors)

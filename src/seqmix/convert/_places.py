@@ -65,7 +65,7 @@ class Place:
 
 def places(module: ModuleType) -> Iterator[Place]:
     """The places of a modelling module whose functions are the known ones, with the parameters that we know."""
-    known = set()
+    known, around, blocks = set(), list[Place](), list[Place]()
     for name, replacement in FUNCTIONS.items():
         if _is_known(vars(module).get(name), replacement):
             known.add(name)
@@ -75,15 +75,13 @@ def places(module: ModuleType) -> Iterator[Place]:
         if whole is not None and _is_known(layer.forward, whole):
             known.add(layer.__name__)
             yield Place(layer, "forward", whole.make, whole.operator)
-        elif known and (
-            issubclass(layer, (PreTrainedModel, GradientCheckpointingLayer))
-            or known & set(called_names(layer))
-        ):
-            yield Place(layer, "forward", remember)
+        elif issubclass(layer, GradientCheckpointingLayer):
+            # It asks whether its own forward is the outermost one, so that must stay.
+            blocks.append(Place(layer, "__call__", hand_on))
+        elif issubclass(layer, PreTrainedModel) or known & set(called_names(layer)):
+            around.append(Place(layer, "forward", remember))
     if known:
-        for layer in _layers(module):
-            if issubclass(layer, GradientCheckpointingLayer) and _takes_anything(layer.forward):
-                yield Place(layer, "__call__", hand_on)
+        yield from (*around, *blocks)
 
 
 def _layers(module: ModuleType) -> list[type[nn.Module]]:
@@ -109,8 +107,3 @@ def _is_known(function: Any, replacement: Replacement) -> bool:
         return False
     parameters = tuple(inspect.signature(function).parameters)
     return parameters[: len(replacement.parameters)] == replacement.parameters
-
-
-def _takes_anything(function: Any) -> bool:
-    kinds = (parameter.kind for parameter in inspect.signature(function).parameters.values())
-    return inspect.Parameter.VAR_KEYWORD in kinds

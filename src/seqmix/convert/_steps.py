@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqmix.convert._functions import SILU, Function, computed_here, plain
-from seqmix.kernels import missing
+from seqmix.convert._functions import SILU, Function, computed_here, plain, taken
 from seqmix.kernels.selective_scan import selective_scan_update
 from seqmix.kernels.short_convolution import short_convolution_update
 
@@ -147,4 +146,4 @@ def _same_for_all(axis: int, *tensors: Tensor | None) -> bool:
 
 def _needs_torch(*tensors: Tensor) -> bool:
     """Whether gradients may pass through the step, or a dtype is none of the kernels'."""
-    return torch.is_grad_enabled() or missing(*tensors) is not None
+    return torch.is_grad_enabled() or not taken(*tensors)

@@ -1,15 +1,15 @@
 """Texts packed in one row, as transformers says where they end: `seq_idx` or `cu_seq_lens_q`.
 
 Some of its models drop these on the way to their mixers, and Mamba's scans are called without them. So the borders
-that a model was called with are remembered while its forward runs (`remember`), handed to every block, whose
-forward may run again in the backward pass (`hand_on`), and found by the functions that need them (`bounds_of`).
+that a model was called with are remembered while its forward runs (`remember`), and when a checkpointed block runs
+again in the backward pass (`hand_on`), and are found by the functions that need them (`bounds_of`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from functools import wraps
+from threading import local
 from typing import Any
 
 import torch
@@ -18,7 +18,13 @@ from torch import Tensor
 from seqmix.core.errors import ShapeError
 
 _OPTIONS = ("cu_seq_lens_q", "seq_idx")
-_remembered: ContextVar[Mapping[str, Tensor] | None] = ContextVar("texts", default=None)
+
+
+class _Remembered(local):  # torch.compile follows this, and not a ContextVar
+    texts: Mapping[str, Tensor] | None = None
+
+
+_remembered = _Remembered()
 
 
 def bounds_of(options: Mapping[str, Any], batch: int, length: int) -> Tensor | None:
@@ -31,7 +37,7 @@ def bounds_of(options: Mapping[str, Any], batch: int, length: int) -> Tensor | N
         bounds: Tensor | None = options.get("cu_seq_lens_q")
         if bounds is not None:
             return bounds[0] if bounds.ndim == 2 else bounds
-        remembered = _remembered.get()
+        remembered = _remembered.texts
         return None if remembered is None else bounds_of(remembered, batch, length)
     if tuple(texts.shape) != (batch, length):
         raise ShapeError(
@@ -60,24 +66,41 @@ def remember(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def forward_with_texts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "seq_idx" not in kwargs and "cu_seq_lens_q" not in kwargs:
+            return forward(self, *args, **kwargs)
         texts = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
-        if not texts:
-            return forward(self, *args, **kwargs)
-        token = _remembered.set(texts)
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            _remembered.reset(token)
+        return _within(texts or _remembered.texts, forward)(self, *args, **kwargs)
 
     return forward_with_texts
 
 
 def hand_on(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call of a block, given the borders that are remembered: checkpointing repeats it with them."""
+    """The same call of a block; if it is checkpointed, the backward pass runs it again with the same borders."""
 
     @wraps(call)
     def call_with_texts(self: Any, *args: Any, **kwargs: Any) -> Any:
-        remembered = _remembered.get()
-        return call(self, *args, **(kwargs if remembered is None else {**remembered, **kwargs}))
+        texts = _remembered.texts
+        if texts is None or not (self.gradient_checkpointing and self.training):
+            return call(self, *args, **kwargs)
+        checkpoint = self._gradient_checkpointing_func
+        self._gradient_checkpointing_func = lambda run, *inputs: checkpoint(
+            _within(texts, run), *inputs
+        )
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self._gradient_checkpointing_func = checkpoint
 
     return call_with_texts
+
+
+def _within(texts: Mapping[str, Tensor] | None, run: Callable[..., Any]) -> Callable[..., Any]:
+    def run_with_texts(*args: Any, **kwargs: Any) -> Any:
+        before = _remembered.texts
+        _remembered.texts = texts
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _remembered.texts = before
+
+    return run_with_texts

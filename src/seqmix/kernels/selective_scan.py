@@ -79,7 +79,9 @@ def selective_scan_update(
     `state` [B, E, N], in float32 or bfloat16 and with any strides, is written in place. No gradients.
     """
     A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
-    return _update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
+    # the dispatcher takes longer than a token
+    update = _update if torch.compiler.is_compiling() else _run_update
+    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
 
 
 def _run(

@@ -53,7 +53,9 @@ def short_convolution_update(
     S is at least W - 1; the state may have any strides and float32 or bfloat16, and is written in place.
     """
     bias = None if bias is None else bias.float()
-    return _update(x, state, weight.float(), bias, activation == "silu")
+    # the dispatcher takes longer than a token
+    update = _update if torch.compiler.is_compiling() else _run_update
+    return update(x, state, weight.float(), bias, activation == "silu")
 
 
 def _convolve(
@@ -176,10 +178,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weight, grad_bias, grad_state = _backward(
-        *ctx.saved_tensors, grad_y, grad_last, ctx.silu
-    )
-    bias = None if ctx.saved_tensors[2] is None else grad_bias
+    saved = ctx.saved_tensors  # once: checkpointing allows no second look
+    grad_x, grad_weight, grad_bias, grad_state = _backward(*saved, grad_y, grad_last, ctx.silu)
+    bias = None if saved[2] is None else grad_bias
     return grad_x, grad_weight, bias, grad_state, None, None
 
 
