@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqmix.claims._claim import Claim, Finding, Run
 from seqmix.claims.lean_attention import milliseconds
@@ -44,7 +44,7 @@ def measure(run: Run) -> list[Finding]:
 # ---- a pretrained model and its queries and keys on real text
 
 
-def model_and_ids(run: Run) -> tuple[nn.Module, Tensor]:
+def model_and_ids(run: Run) -> tuple[Any, Tensor]:
     """The model, and tokens of the text in its order; a small random model of random tokens where none is named."""
     if run["model"] is None:
         transformers = extras.require("transformers", extra="train")
@@ -327,7 +327,8 @@ def loss_stays(run: Run) -> Finding:
                 total += float(F.cross_entropy(model.lm_head(part), labels, reduction="sum"))
             return total / length
 
-        full, sparse = [], {str(share): [] for share in run["shares"]}
+        full: list[float] = []
+        sparse: dict[str, list[float]] = {str(share): [] for share in run["shares"]}
         computed = dict.fromkeys(sparse, 0.0)
         for text in range(run["texts"]):
             full.append(loss(text))

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from seqmix.core import extras
 from seqmix.core.errors import ConfigError
-from seqmix.ops import block_sparse_attention
-from seqmix.ops.block_sparse_attention import BLOCK, STRIDE, antidiagonal_mass, choose_blocks
+from seqmix.ops.block_sparse_attention import (
+    BLOCK,
+    STRIDE,
+    antidiagonal_mass,
+    block_sparse_attention,
+    choose_blocks,
+)
 
 NAME = "seqmix_block_sparse"
 

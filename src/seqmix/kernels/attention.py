@@ -8,6 +8,8 @@ from torch import Tensor
 from seqmix.kernels._custom import columns_contiguous, custom_operator, text_bounds
 from seqmix.kernels._native import native
 
+FEW = 16  # queries of a decoding step
+
 
 def attention(
     q: Tensor,
@@ -32,7 +34,10 @@ def attention(
         k, v = k.float(), v.float()
     if bias is not None:
         bias = bias.float().expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    o = _attention(
+    # For a few queries the dispatcher would take longer than the kernel, and has nothing to do.
+    plain = type(q) is type(v) is Tensor and not torch.compiler.is_compiling()
+    compute = _run if plain and q.shape[1] <= FEW else _attention
+    o = compute(
         q,
         k,
         v,
