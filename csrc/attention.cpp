@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t MOST_ROWS = 192;         // queries of a line times heads that share a key head
 constexpr int64_t DECODED = 16;            // up to so many queries are a continuation of a long text
-constexpr int64_t PIECES_PER_THREAD = 4;   // threads that are slowed down take fewer of them
+constexpr int64_t MOST_PIECES = 64;        // however many threads there are: their number must not change a bit
 constexpr int64_t SHORTEST_PIECE = 4;      // tiles
 constexpr int64_t MERGED_ALONE = 1 << 17;  // floats, which one thread reads in some ten microseconds
 
@@ -65,13 +65,13 @@ struct Plan {
         : batch(batch), queries(queries), keys(keys), groups(groups), share(heads_of_queries / groups),
           key_width(key_width), value_width(value_width), texts(texts), packed(texts > 0), threads(threads) {
         bool one_block = queries * share <= MOST_ROWS || queries == 1;
-        along_keys = !packed && one_block && (queries <= DECODED || batch * groups < PIECES_PER_THREAD * threads);
+        along_keys = !packed && one_block && (queries <= DECODED || batch * groups < MOST_PIECES / 4);
         block = one_block ? queries : larger(1, smaller(TILE, MOST_ROWS / share));
         heads = along_keys && token_major && queries <= DECODED ? groups : 1;
         if (along_keys) {
             lines = batch * groups / heads;
             int64_t tiles = lines * divide_up(keys, TILE);
-            pieces = threads == 1 ? 1 : larger(1, smaller(PIECES_PER_THREAD * threads, tiles / SHORTEST_PIECE));
+            pieces = larger(1, smaller(MOST_PIECES, tiles / SHORTEST_PIECE));
         } else {
             lines = pieces = (packed ? queries / block + texts : batch * divide_up(queries, block)) * groups;
         }

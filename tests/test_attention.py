@@ -71,13 +71,15 @@ def test_pieces_of_the_keys_merge_wherever_they_are_cut(queries, width, head_maj
     if head_major:
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     exact = attention(q.double(), k.double(), v.double(), form="definition").float()
-    before = torch.get_num_threads()
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            torch.testing.assert_close(attention(q, k, v, form="native"), exact)
+            results.append(attention(q, k, v, form="native"))
     finally:
         torch.set_num_threads(before)
+    torch.testing.assert_close(results[0], exact)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @compiled
