@@ -1,9 +1,11 @@
 """Serving long contexts: the formulas, and that they hold for every kind of state."""
 
 import pytest
+import torch
 
 from seqmix.core.errors import ConfigError
 from seqmix.measure.deployment import A100, Deployment, Hardware, Session, this_machine
+from seqmix.measure.memory import resident_bytes, return_freed
 from seqmix.models.backbone import ModelSpec, count_parameters
 
 SMALL = {"width": 64, "depth": 2, "heads": 2}
@@ -83,6 +85,16 @@ def test_switching_costs_sessions_only_where_users_take_turns():
 def test_numbers_need_bytes():
     with pytest.raises(ConfigError, match="element_bytes=0"):
         served(element_bytes=0)
+
+
+def test_freed_memory_goes_back_so_that_what_is_allocated_next_counts():
+    held = [torch.ones(2**18) for _ in range(64)]  # one MiB each
+    del held
+    return_freed()
+    before = resident_bytes()
+    held = [torch.ones(2**18) for _ in range(64)]
+    grown = resident_bytes() - before
+    assert grown == pytest.approx(sum(t.numel() * t.element_size() for t in held), rel=0.1)
 
 
 def test_this_machine_is_measured():

@@ -93,7 +93,8 @@ class _WithoutValues(TorchFunctionMode):
 class Deployment:
     """A model on some hardware, with `element_bytes` per number of weights and states.
 
-    All times are lower bounds: nothing stands for the overhead of calling operators.
+    All times are lower bounds for what does not stay in caches: nothing stands for the overhead of calling
+    operators.
     """
 
     def __init__(self, spec: ModelSpec, hardware: Hardware, *, element_bytes: int = 2) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -61,6 +62,16 @@ def peak_bytes() -> int:
         return peak
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def return_freed() -> None:
+    """Gives memory that was freed back to the system, where the C library can (glibc).
+
+    Without it, what is allocated next may take none from the system, and resident memory does not grow.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _reset_peak() -> None:
