@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import inspect
+import json
 import sys
 import types
 
@@ -12,9 +13,12 @@ import torch
 import transformers
 
 import seqmix
+from seqmix.cli import main
 from seqmix.convert._places import FUNCTIONS, places
-from seqmix.core.errors import ShapeError
+from seqmix.core.errors import ShapeError, UnknownName
 from seqmix.core.numerics import assert_as_accurate, assert_equal_within, relative_error
+from seqmix.kernels import ISA, missing
+from seqmix.measure.hybrids import measure_hybrids
 
 VOCABULARY = 64
 COMMON = {
@@ -422,3 +426,39 @@ def test_tensors_elsewhere_go_where_transformers_sends_them(name):
     ours(*arguments, 64) if name == "mamba2_chunk_scan" else ours(*arguments)
     [(args, _)] = calls
     assert all(given is wanted for given, wanted in zip(args, arguments, strict=False))
+
+
+def test_explain_says_what_runs_in_every_layer(tmp_path, capsys):
+    build("qwen3_next").config.save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["model"]["layers"]
+    names = [row["function"] for row in layers if row["layer"] == "model.layers.0.linear_attn"]
+    assert set(names) == {
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+        "torch_chunk_gated_delta_rule",
+        "torch_recurrent_gated_delta_rule",
+    }
+    assert [row["layer"] for row in layers if not row["operator"]] == ["model.layers.1.self_attn"]
+    wanted = "chunked" if missing() else f"native {ISA}"
+    assert {row["runs"] for row in layers if row["function"].startswith("torch_chunk")} == {wanted}
+    assert all(row["why"] for row in layers)
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "torch_chunk_gated_delta_rule" in capsys.readouterr().out
+
+
+def test_explain_of_no_model_says_what_to_give(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["explain", str(tmp_path)]) != 0
+    assert "Give a hub name, a folder" in capsys.readouterr().err
+
+
+def test_hybrids_are_measured_in_turns():
+    row = measure_hybrids("mamba", "decoding", length=2, repeats=1)
+    assert row.ratio > 0
+    assert row.plain.median > 0
+    assert row.to_dict()["task"] == "decoding"
+    with pytest.raises(UnknownName):
+        measure_hybrids("mamba", "dreaming")
+    with pytest.raises(UnknownName):
+        measure_hybrids("no_such_family", "training")

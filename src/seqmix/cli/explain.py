@@ -1,8 +1,9 @@
-"""Explain one operator, mixer, channel mixer or layout."""
+"""Explain one operator, mixer, channel mixer, layout or Hugging Face model."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ def run(
     name: Annotated[
         str,
         typer.Argument(
-            help="An operator, a mixer, a channel mixer or a layout.", show_default=False
+            help="An operator, a mixer, a channel mixer, a layout or a Hugging Face model.",
+            show_default=False,
         ),
     ],
     width: Annotated[int, typer.Option(help="Width of a layout's model.")] = 128,
@@ -25,11 +27,13 @@ def run(
     vocabulary: Annotated[int, typer.Option(help="Vocabulary of a layout's model.")] = 258,
     json: Json = False,
 ) -> None:
-    """Explain an operator, a mixer, a channel mixer or a layout.
+    """Explain an operator, a mixer, a channel mixer, a layout or a Hugging Face model.
 
     Of an operator: its forms, which of them can run on each case and why the others cannot, and which is
     chosen. Of a mixer: configuration, parameters, state and cost. Of a layout: blocks, parameters and cost.
-    A name that several of them have is explained as each.
+    Of a Hugging Face model (a hub name with a slash, a folder or its config.json; no weights are read): the
+    functions that each layer calls, and what computes them after `seqmix.accelerate`. A name that several of
+    them have is explained as each.
 
     Example: `seqmix explain "3x[gated_linear_attention], attention"`
     """
@@ -43,6 +47,13 @@ def run(
 
 
 def _records(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    if _is_model(name):
+        from seqmix.convert.explain import explain_model, skeleton
+
+        model = skeleton(name)
+        return {
+            "model": {"model": name, "class": type(model).__name__, "layers": explain_model(model)}
+        }
     if not re.fullmatch(r"[\w-]+", name):
         return {"layout": _describe.describe_layout(name, **spec)}
     describers = {
@@ -59,6 +70,25 @@ def _records(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         known = {n for plural, _ in describers.values() for n in _describe.catalog(plural)}
         raise UnknownName("operator, mixer or channel mixer", name, known)
     return records
+
+
+def _is_model(name: str) -> bool:
+    """A folder with a configuration, such a file, or a hub name: two words with a slash, no mixer before it."""
+    path = Path(name)
+    if (path / "config.json").is_file() or (path.suffix == ".json" and path.is_file()):
+        return True
+    words = re.fullmatch(r"([\w.-]+)/[\w.-]+", name)
+    return words is not None and words[1] not in _describe.catalog("mixers")
+
+
+def _print_model(record: dict[str, Any]) -> None:
+    print_text(
+        f"MODEL {record['model']} ({record['class']}), after seqmix.accelerate, on the CPU\n"
+    )
+    columns = ["layer", "function", "operator", "runs", "why"]
+    print_table(columns, [[row[column] for column in columns] for row in record["layers"]])
+    if not any(row["operator"] for row in record["layers"]):
+        print_text("No layer calls a function that seqmix computes: accelerate changes nothing.")
 
 
 def _print_operator(record: dict[str, Any]) -> None:
@@ -129,4 +159,5 @@ PRINTERS = {
     "mixer": _print_mixer,
     "channel": _print_channel,
     "layout": _print_layout,
+    "model": _print_model,
 }

@@ -40,7 +40,7 @@ FUNCTIONS: Mapping[str, Replacement] = {
     ),
     "rwkv_linear_attention": _RWKV,
 }
-_FORWARDS: Mapping[str, Replacement] = {  # class -> its forward
+FORWARDS: Mapping[str, Replacement] = {  # class -> its forward
     "MiniMaxLightningAttention": Replacement(
         "linear_attention",
         lightning_attention,
@@ -71,7 +71,7 @@ def places(module: ModuleType) -> Iterator[Place]:
             known.add(name)
             yield Place(module, name, replacement.make, replacement.operator)
     for layer in _layers(module):
-        whole = _FORWARDS.get(layer.__name__)
+        whole = FORWARDS.get(layer.__name__)
         if whole is not None and _is_known(layer.forward, whole):
             known.add(layer.__name__)
             yield Place(layer, "forward", whole.make, whole.operator)
