@@ -49,8 +49,9 @@ def selective_scan(
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     B, C = (maps.unsqueeze(2) if maps.ndim == 3 else maps for maps in (B, C))
-    A, D, delta_bias, initial_state = (
-        None if x is None else x.float() for x in (A, D, delta_bias, initial_state)
+    A = A.float()
+    D, delta_bias, initial_state = (
+        None if x is None else x.float() for x in (D, delta_bias, initial_state)
     )
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     bounds = text_bounds(cu_seqlens)
@@ -78,7 +79,8 @@ def selective_scan_update(
 
     `state` [B, E, N], in float32 or bfloat16 and with any strides, is written in place. No gradients.
     """
-    A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
+    A = A.float()
+    D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
     # the dispatcher takes longer than a token
     update = _update if torch.compiler.is_compiling() else _run_update
     return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
