@@ -153,6 +153,21 @@ FAMILIES = {
     "qwen3_next": ("Qwen3Next", {**DELTA, **SHARED}),
     "qwen3_5": ("Qwen3_5", DELTA),
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **SHARED}),
+    "qwen4_exp": (
+        "Qwen4Exp",
+        {
+            **DELTA,
+            **SHARED,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 8,
+            "hc_count": 2,
+            "ple_layer_ids": [],
+        },
+    ),
     "olmo_hybrid": ("OlmoHybrid", DELTA),
     "kimi_linear": (
         "KimiLinear",
@@ -314,6 +329,32 @@ def test_packed_texts_are_kept_apart(name, told_by):
     assert_equal_within(packed, apart, what="logits")
     for what, gradient in got.items():
         assert_equal_within(gradient, wanted[what], what=what, tolerance=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_model_without_a_head_computes_the_same():
+    sizes = {"qk_rope_head_dim": 0, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 16}
+    torch.manual_seed(0)
+    model = transformers.Glm5NextTextModel(
+        transformers.Glm5NextTextConfig(**{**COMMON, **KIMI, **sizes})
+    )
+    ids = tokens(2, 21)
+
+    def run():
+        model.zero_grad()
+        hidden = model(ids, use_cache=False).last_hidden_state
+        (hidden * torch.arange(hidden.shape[-1])).sum().backward()
+        return hidden, {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    wanted, gradients = run()
+    with seqmix.accelerate(model) as handle:
+        assert "chunk_kimi_delta_attention" in {place.name for place in handle.replaced}
+        got, ours = run()
+    assert_equal_within(got, wanted, what="hidden states")
+    for what, gradient in ours.items():
+        assert_equal_within(gradient, gradients[what], what=what, tolerance=1e-4)
 
 
 def modelling(family):
