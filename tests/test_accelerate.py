@@ -357,6 +357,17 @@ def test_a_text_model_without_a_head_computes_the_same():
         assert_equal_within(gradient, gradients[what], what=what, tolerance=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_state_is_kept_as_transformers_lays_it_out():
+    """Caches take over the strides of the first state, and transformers' own step takes views of it."""
+    model = build("mamba2").eval()
+    with torch.no_grad(), seqmix.accelerate(model):
+        held = model(tokens(2, 5), use_cache=True).cache_params
+    for layer in held.layers:
+        assert layer.recurrent_states[0].is_contiguous()
+        assert layer.conv_states[0].is_contiguous()
+
+
 def modelling(family):
     return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 

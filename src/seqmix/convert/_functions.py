@@ -221,7 +221,7 @@ def _mamba2_chunk_scan(reference: Function) -> Function:
             return y
         if bounds is not None:
             state = last_of_rows(state, bounds, batch, length)
-        return y, state.transpose(-1, -2)
+        return y, state.transpose(-1, -2).contiguous()  # caches keep its strides
 
     return mamba2_chunk_scan
 

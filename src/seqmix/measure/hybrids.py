@@ -21,17 +21,17 @@ VOCABULARY = 256
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> prefix of its classes, sizes
     "mamba": ("Mamba", {}),
-    "qwen3_next": (
+    "qwen3_next": (  # Qwen3-Next-80B's proportions at an eighth of its width, its active experts as one dense layer
         "Qwen3Next",
         {
-            "intermediate_size": 512,
+            "intermediate_size": 704,
             "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
+            "num_key_value_heads": 1,
+            "head_dim": 128,
             "linear_key_head_dim": 64,
             "linear_value_head_dim": 64,
             "linear_num_key_heads": 4,
-            "linear_num_value_heads": 4,
+            "linear_num_value_heads": 8,
             "num_experts": 0,
             "mlp_only_layers": [0, 1, 2, 3],
         },
