@@ -12,7 +12,7 @@ inline void Chunk::decay_by_head(const Inputs& inputs, const Part& part, int64_t
     double now = 0;
     for (int64_t t = 0; t < part.tokens; ++t) {
         float decay = g[t * inputs.g.stride(1)];
-        now += decay > LOWEST_LOG_DECAY ? decay : LOWEST_LOG_DECAY;
+        now += decay < LOWEST_LOG_DECAY ? LOWEST_LOG_DECAY : decay;
         for (int64_t i = t * s.steps; i < (t + 1) * s.steps; ++i) total[i] = now;
     }
     for (int64_t i = part.rows; i < part.padded; ++i) total[i] = now;
@@ -31,7 +31,7 @@ inline void Chunk::decay_by_head(const Inputs& inputs, const Part& part, int64_t
         int64_t seen = (t + 1) * s.steps;
         float* row = weights + t * s.scores;
         for (int64_t j = 0; j < seen; j += WIDTH)
-            store(row + j, first_lanes(exp(minimum(narrow(own - load_doubles(total + j)), Vector{})), seen - j));
+            store(row + j, first_lanes(exp(minimum(Vector{}, narrow(own - load_doubles(total + j)))), seen - j));
         for (int64_t j = round_up(seen); j < part.padded; j += WIDTH) store(row + j, Vector{});
     }
 }
@@ -43,7 +43,7 @@ inline void Chunk::decay_by_column(const Inputs& inputs, const Part& part, int64
     for (int64_t c = 0; c < s.keys; c += WIDTH) {
         Vector now{};
         for (int64_t t = 0; t < part.tokens; ++t) {
-            Vector decay = maximum(load(gates + t * s.keys + c), broadcast(LOWEST_LOG_DECAY));
+            Vector decay = maximum(broadcast(LOWEST_LOG_DECAY), load(gates + t * s.keys + c));
             store(gates + t * s.keys + c, decay);
             now += decay;
             store(early + t * s.keys + c, exp(now));

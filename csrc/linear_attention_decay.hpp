@@ -129,7 +129,7 @@ inline void decay_scores(const ScalarDecay& decay, int64_t rows, const float* fr
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < round_up(rows); j += WIDTH) {
             Vector log = (decay.high[i] - load(decay.high + j)) + (decay.low[i] - load(decay.low + j));
-            Vector scores = load(from + i * CHUNK + j) * exp(minimum(log, Vector{}));
+            Vector scores = load(from + i * CHUNK + j) * exp(minimum(Vector{}, log));
             store(to + i * CHUNK + j, choose(lanes + int32_t(j) <= int32_t(i), scores, Vector{}));
         }
 }

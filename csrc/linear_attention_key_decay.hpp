@@ -83,7 +83,7 @@ inline bool KeyDecay::read(const Matrix& from, int64_t rows, int64_t width) cons
     from.typed([&](auto* data) {
         for (int64_t i = 0; i < rows; ++i)
             for_each_vector(width, [&](int64_t j, auto lanes) {
-                Vector gate = maximum(lanes.get(data + i * from.row + j), broadcast(LOWEST_LOG_DECAY));
+                Vector gate = maximum(broadcast(LOWEST_LOG_DECAY), lanes.get(data + i * from.row + j));
                 store(gates + i * row + j, gate);
                 store(total + j, load(total + j) + gate);
             });

@@ -330,6 +330,8 @@ struct Backward {
 
 void run(const Arguments& given, const Tensor& y, const Tensor& last, const Tensor& borders, const Tensor& workspace,
          int threads) {
+    given.require_shapes({given.state, last});
+    require(!given.state || given.state.dtype == last.dtype, "both states in one dtype");
     bool rows = given.A.stride(1) == 1 && last.stride(2) == 1 && (!given.state || given.state.stride(2) == 1);
     if (given.length() == 1 && rows && !given.bounds && !borders) step(given, y, last, workspace, threads);
     else Forward{given, y, last, borders, workspace}.run(threads);

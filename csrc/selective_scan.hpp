@@ -23,6 +23,23 @@ struct Arguments {
     int64_t wide() const { return round_up(states(), 16); }
     int64_t pieces_of_group() const { return (channels() / groups() + PIECE - 1) / PIECE; }
     int64_t pieces() const { return groups() * pieces_of_group(); }
+
+    // The states that go with the inputs are [R, E, N].
+    void require_shapes(std::initializer_list<Tensor> states) const {
+        int64_t rows = batch(), tokens = length(), width = channels();
+        require(u.axes == 3 && A.axes == 2 && B.axes == 4, "u is [B, T, E], A [E, N] and B [B, T, G, N]");
+        require(groups() > 0 && width % groups() == 0, "groups divide the channels");
+        for (const Tensor& tensor : {delta, z})
+            if (tensor) require_shape(tensor, "delta and z are [B, T, E]", {rows, tokens, width});
+        for (const Tensor& maps : {B, C})
+            require_shape(maps, "B and C are [B, T, G, N]", {rows, tokens, groups(), A.size(1)});
+        require_shape(A, "A is [E, N]", {width, A.size(1)});
+        for (const Tensor& numbers : {D, bias})
+            if (numbers) require_shape(numbers, "D and the bias are [E]", {width});
+        require(A.dtype == Dtype::float32, "A is float32");
+        for (const Tensor& tensor : states)
+            if (tensor) require_shape(tensor, "states are [R, E, N]", {texts(), width, A.size(1)});
+    }
 };
 
 // Some channels of one group.

@@ -18,6 +18,17 @@ struct Arguments {
     int64_t reach;  // inputs that a state holds: W - 1, or more
 
     int64_t taps() const { return weight.size(1); }
+
+    // Of x, and of the states that go with it [R, reach, D].
+    void require_shapes(std::initializer_list<Tensor> states) const {
+        require(x.axes == 3 && weight.axes == 2 && taps() > 0, "x is [B, T, D] and the weight [D, W]");
+        int64_t channels = x.size(2);
+        require_shape(weight, "the weight is [D, W]", {channels, taps()});
+        if (bias) require_shape(bias, "the bias is [D]", {channels});
+        require(reach >= taps() - 1, "a state holds at least W - 1 inputs");
+        for (const Tensor& tensor : states)
+            if (tensor) require_shape(tensor, "states are [R, reach, D]", {texts(), reach, channels});
+    }
     int64_t texts() const { return num_texts(bounds, x.size(0)); }
     int64_t pieces() const { return (x.size(2) + PIECE - 1) / PIECE; }
 };
@@ -278,7 +289,9 @@ SEQMIX_BINDINGS(module) {
         "short_convolution",
         [](Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor bounds, bool silu, Tensor y, Tensor last,
            Tensor workspace, int threads) {
-            Forward{{x, weight, bias, state, bounds, silu, last.size(1)}, y, last, workspace}.run(threads);
+            Forward pass{{x, weight, bias, state, bounds, silu, last.size(1)}, y, last, workspace};
+            pass.given.require_shapes({state, last});
+            pass.run(threads);
         },
         "x"_a, "weight"_a, "bias"_a.none(), "state"_a.none(), "bounds"_a.none(), "silu"_a, "y"_a, "last"_a,
         "workspace"_a, "threads"_a, WithoutGil());
@@ -286,9 +299,10 @@ SEQMIX_BINDINGS(module) {
         "short_convolution_backward",
         [](Tensor x, Tensor weight, Tensor bias, Tensor state, Tensor bounds, bool silu, Tensor grad_y,
            Tensor grad_last, Tensor grad_x, Tensor grad_state, Tensor grad_channels, Tensor workspace, int threads) {
-            Backward{{x, weight, bias, state, bounds, silu, grad_last.size(1)},
-                     grad_y, grad_last, grad_x, grad_state, grad_channels, workspace}
-                .run(threads);
+            Backward pass{{x, weight, bias, state, bounds, silu, grad_last.size(1)},
+                          grad_y, grad_last, grad_x, grad_state, grad_channels, workspace};
+            pass.given.require_shapes({state, grad_last, grad_state});
+            pass.run(threads);
         },
         "x"_a, "weight"_a, "bias"_a.none(), "state"_a.none(), "bounds"_a.none(), "silu"_a, "grad_y"_a, "grad_last"_a,
         "grad_x"_a, "grad_state"_a, "grad_channels"_a, "workspace"_a, "threads"_a, WithoutGil());

@@ -101,7 +101,6 @@ inline void store_part(T* to, Vector x, int64_t count) {
 
 inline Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 
-// Written with the comparison inside, which compilers turn into one instruction.
 // Entries of two vectors laid end to end, from the given places. Clang's own shuffle wants constants.
 template <class Any, class Places>
 inline Any shuffle(Any x, Any y, Places places) {
@@ -115,6 +114,7 @@ inline Any shuffle(Any x, Any y, Places places) {
 #endif
 }
 
+// Written with the comparison inside, which compilers turn into one instruction. Of a NaN and a number the second.
 inline Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
 inline Vector minimum(Vector x, Vector y) { return x < y ? x : y; }
 

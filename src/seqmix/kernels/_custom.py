@@ -6,11 +6,13 @@ A kernel is a pair of functions on tensors: `run`, which allocates the results a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from seqmix.kernels._native import transformed
 
 _library = torch.library.Library("seqmix", "FRAGMENT")
 _gradients: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
@@ -59,6 +61,20 @@ def differentiable(
     """Gives a custom operator its gradient: `backward(ctx, *gradients)` after `setup_context(ctx, inputs, output)`."""
     name = str(operator).removeprefix("seqmix.").removesuffix(".default")
     _gradients[name] = backward, setup_context
+
+
+def needs_no_dispatcher(first: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a kernel may run outside PyTorch's dispatcher, which takes longer than a few tokens.
+
+    It may where `first` is an ordinary tensor of the CPU, nothing records what is computed, no gradient is wanted
+    and no tensor is stored with its sign to be changed.
+    """
+    if torch.compiler.is_compiling() or type(first) is not Tensor or first.device.type != "cpu":
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() or transformed():
+        return False
+    trains = torch.is_grad_enabled()
+    return not any(x is not None and (x.is_neg() or (trains and x.requires_grad)) for x in tensors)
 
 
 def columns_contiguous(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from seqmix.core.errors import ConfigError
 
@@ -74,6 +75,10 @@ def missing(*inputs: Any, **options: Any) -> str | None:
     """Why the compiled kernels cannot run on these tensors, as one sentence; None if they can."""
     if _reason is not None:
         return _reason
+    if transformed():
+        return (
+            "the compiled kernels know neither the transforms of torch.func nor forward derivatives"
+        )
     for tensor in inputs:
         if isinstance(tensor, torch.Tensor):
             if tensor.dtype not in TAKEN:
@@ -84,6 +89,13 @@ def missing(*inputs: Any, **options: Any) -> str | None:
                     f"the compiled kernels run on the CPU, and the tensors are on {tensor.device}"
                 )
     return None
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward derivatives is active, which kernels would pass over."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def describe() -> dict[str, Any]:

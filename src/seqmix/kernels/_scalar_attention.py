@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import columns_contiguous, custom_operator, differentiable, sum_rows
+from seqmix.kernels._custom import (
+    columns_contiguous,
+    custom_operator,
+    differentiable,
+    needs_no_dispatcher,
+    sum_rows,
+)
 from seqmix.kernels._native import native
 
 FEW = 8  # tokens of a row up to which the kernel takes one by one, as in csrc/linear_attention.hpp
@@ -50,10 +56,7 @@ def scalar_attention(
 
 def is_quick(v: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Whether the dispatcher would take longer than the kernel, and has nothing to do; `v` [B, T, ...]."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return False
-    plain = type(v) is Tensor and v.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and v.shape[1] <= FEW
+    return v.shape[1] <= FEW and needs_no_dispatcher(v, tensors)
 
 
 def _prepared(

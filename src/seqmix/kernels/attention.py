@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import columns_contiguous, custom_operator, text_bounds
+from seqmix.kernels._custom import (
+    columns_contiguous,
+    custom_operator,
+    needs_no_dispatcher,
+    text_bounds,
+)
 from seqmix.kernels._native import native
 
 FEW = 16  # queries of a decoding step
@@ -34,9 +39,11 @@ def attention(
         k, v = k.float(), v.float()
     if bias is not None:
         bias = bias.float().expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if window is not None and window >= max(q.shape[1], k.shape[1]):
+        window = None  # none is so far; and sums with a larger number might be too large
     # For a few queries the dispatcher would take longer than the kernel, and has nothing to do.
-    plain = type(q) is type(v) is Tensor and not torch.compiler.is_compiling()
-    compute = _run if plain and q.shape[1] <= FEW else _attention
+    few = q.shape[1] <= FEW and needs_no_dispatcher(q, (q, k, v, bias, logits))
+    compute = _run if few else _attention
     o = compute(
         q,
         k,

@@ -11,6 +11,7 @@ from seqmix.kernels._custom import (
     columns_contiguous,
     custom_operator,
     differentiable,
+    needs_no_dispatcher,
     text_bounds,
 )
 from seqmix.kernels._native import native
@@ -52,8 +53,7 @@ def delta_rule(
     factor = key_width**-0.5 if scale is None else float(scale)
     given = (q, k, v, beta, g, state, bounds, steps, factor, qk_l2norm)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given[:6])
-    plain = type(v) is Tensor and v.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and not trains and _for_tokens(q, steps):
+    if _for_tokens(q, steps) and needs_no_dispatcher(v, given[:6]):
         o, last = _run_tokens(*given)  # the dispatcher takes longer than a token
     else:
         o, last, _ = _forward(*given, trains)

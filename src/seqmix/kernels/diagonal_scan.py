@@ -24,7 +24,7 @@ def diagonal_scan(
     bounds = text_bounds(cu_seqlens)
     rows = x.shape[0] if bounds is None else len(bounds) - 1
     state = filled(state, (rows, x.shape[2]), x)
-    return _forward(x, a.to(x.dtype), state, bounds)
+    return _forward(x, a, state, bounds)
 
 
 def _run(x: Tensor, a: Tensor, state: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def _run_backward(
 def _fake_backward(
     a: Tensor, state: Tensor, bounds: Tensor | None, h: Tensor, grad_h: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return a.new_empty(a.shape), a.new_empty(a.shape), state.new_empty(state.shape)
+    return h.new_empty(h.shape), a.new_empty(a.shape), state.new_empty(state.shape)
 
 
 _forward = custom_operator(

@@ -17,6 +17,7 @@ from seqmix.kernels._custom import (
     custom_operator,
     differentiable,
     empty_in_layout,
+    needs_no_dispatcher,
     sum_rows,
     text_bounds,
 )
@@ -81,9 +82,9 @@ def selective_scan_update(
     """
     A = A.float()
     D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
-    # the dispatcher takes longer than a token
-    update = _update if torch.compiler.is_compiling() else _run_update
-    return update(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, negative)
+    tensors = (state, u, delta, A, B, C, D, z, delta_bias)
+    update = _run_update if needs_no_dispatcher(u, tensors) else _update
+    return update(*tensors, delta_softplus, negative)
 
 
 def _run(
@@ -131,6 +132,7 @@ def _run_update(
     native.selective_scan_update(
         state, u, delta, A, B, C, D, z, bias, softplus, negative, y, work, threads
     )
+    torch.autograd.graph.increment_version(state)
     return y
 
 
@@ -290,11 +292,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(u, delta, A, B, C, D, z, bias, bounds, output[2])
     ctx.options = (softplus, negative)
     ctx.absent = [x is None for x in (D, z, bias, state)]
+    ctx.set_materialize_grads(False)  # a gradient of the kept states would be as large as they are
 
 
-def _gradients(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: None
+) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing allows no second look
+    u, A, bounds = saved[0], saved[2], saved[8]
+    if grad_y is None:
+        grad_y = torch.zeros_like(u)
+    if grad_last is None:
+        grad_last = A.new_zeros((_num_texts(u, bounds), *A.shape))
     *grads, grad_D, grad_z, grad_bias, grad_state = _backward(
-        *ctx.saved_tensors, grad_y, grad_last, *ctx.options
+        *saved, grad_y, grad_last, *ctx.options
     )
     optional = (grad_D, grad_z, grad_bias, grad_state)
     given = (None if absent else grad for grad, absent in zip(optional, ctx.absent, strict=True))

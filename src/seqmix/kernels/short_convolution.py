@@ -17,6 +17,7 @@ from seqmix.kernels._custom import (
     differentiable,
     empty_in_layout,
     filled,
+    needs_no_dispatcher,
     sum_rows,
     text_bounds,
 )
@@ -52,10 +53,9 @@ def short_convolution_update(
 
     S is at least W - 1; the state may have any strides and float32 or bfloat16, and is written in place.
     """
-    bias = None if bias is None else bias.float()
-    # the dispatcher takes longer than a token
-    update = _update if torch.compiler.is_compiling() else _run_update
-    return update(x, state, weight.float(), bias, activation == "silu")
+    tensors = (x, state, weight.float(), None if bias is None else bias.float())
+    update = _run_update if needs_no_dispatcher(x, tensors) else _update
+    return update(*tensors, activation == "silu")
 
 
 def _convolve(
@@ -102,7 +102,9 @@ def _fake(
 def _run_update(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> Tensor:
-    return _convolve(x, weight, bias, state, None, silu, state)
+    y = _convolve(x, weight, bias, state, None, silu, state)
+    torch.autograd.graph.increment_version(state)
+    return y
 
 
 def _fake_update(

@@ -1,0 +1,169 @@
+"""Compiled kernels beside what PyTorch knows of a tensor: derivatives, tracers, signs, versions, sizes, NaN."""
+
+import sys
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from seqmix.kernels import linear_attention as linear_kernel
+from seqmix.kernels import missing
+from seqmix.kernels.delta_rule import delta_rule as delta_kernel
+from seqmix.kernels.selective_scan import selective_scan as scan_kernel
+from seqmix.kernels.selective_scan import selective_scan_update
+from seqmix.kernels.short_convolution import short_convolution_update
+from seqmix.ops import attention, delta_rule, diagonal_scan, linear_attention, short_convolution
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+LENGTHS = [5, 20]  # without PyTorch's dispatcher, and with it
+
+
+def qkv(length, heads=3, width=4):
+    return [torch.randn(2, length, heads, width) for _ in "qkv"]
+
+
+def reader(length):
+    """Linear attention as a function of q alone."""
+    _, k, v = qkv(length)
+    return lambda q: linear_attention(q, k, v)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch itself
+@pytest.mark.parametrize("length", LENGTHS)
+def test_forward_derivatives_are_not_lost(length):
+    read, (q, direction, _) = reader(length), qkv(length)
+    with forward_ad.dual_level():
+        result = forward_ad.unpack_dual(read(forward_ad.make_dual(q, direction)))
+    _, by_function = torch.func.jvp(read, (q,), (direction,))
+    wanted = read(direction)  # linear in q
+    torch.testing.assert_close(result.tangent, wanted)
+    torch.testing.assert_close(by_function, wanted)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_transforms_of_functions_are_followed(length):
+    read, q = reader(length), torch.randn(2, length, 3, 4, requires_grad=True)
+    (wanted,) = torch.autograd.grad(read(q).square().sum(), q)
+    got = torch.func.grad(lambda q: read(q).square().sum())(q.detach())
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    many = torch.randn(3, 2, length, 3, 4)
+    got = torch.func.vmap(read)(many)
+    torch.testing.assert_close(got, torch.stack([read(one) for one in many]))
+
+
+def test_a_tracer_sees_the_kernel():
+    first, second, k, v = torch.randn(4, 2, 5, 3, 4)
+    strengths = torch.full((2, 5, 3), 0.5)
+    for compute in (
+        lambda q: linear_attention(q, k, v, form="native")[0],
+        lambda q: attention(q, k, v, form="native"),
+        lambda q: delta_kernel(q, k, v, strengths, None, None)[0],  # past the check of its values
+    ):
+        torch.testing.assert_close(make_fx(compute)(first)(second), compute(second))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_sign_that_is_yet_to_be_changed_counts(length):
+    q, k, v = qkv(length)
+    g = torch.complex(torch.zeros(2, length, 3), torch.rand(2, length, 3)).conj().imag
+    assert g.is_neg()
+    strengths = torch.full((2, length, 3), 0.5)
+    for compute in (
+        lambda g: linear_attention(q, k, v, g, form="native")[0],
+        lambda g: delta_rule(q, k, v, strengths, g, form="native")[0],
+    ):
+        torch.testing.assert_close(compute(g), compute(g.resolve_neg()))
+
+
+def test_tensors_without_values_stay_so():
+    with torch.device("meta"):
+        q, k, v = (torch.empty(2, 5, 3, 4) for _ in "qkv")
+    assert attention(q, k, v).device.type == "meta"
+    assert linear_attention(q, k, v)[0].device.type == "meta"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_largest_window_is_none(causal):
+    q, k, v = qkv(20)
+    wide = attention(q, k, v, causal=causal, window=sys.maxsize, form="native")
+    torch.testing.assert_close(wide, attention(q, k, v, causal=causal))
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_decays_of_a_diagonal_scan_keep_their_dtype(dtypes):
+    x, a = torch.randn(1, 9, 5), torch.rand(1, 9, 5) * -3
+    x, a = (t.to(getattr(torch, d)) for t, d in zip((x, a), dtypes, strict=True))
+    state = torch.randn(1, 5, requires_grad=True)
+    results = []
+    for form in ("native", "definition"):
+        _, last = diagonal_scan(
+            x, a.requires_grad_(), initial_state=state, output_final_state=True, form=form
+        )
+        results.append((last, *torch.autograd.grad(last.sum(), (state, a))))
+    (last, grad_state, grad_a), wanted = results
+    torch.testing.assert_close((last, grad_state), wanted[:2])
+    assert grad_a.dtype == a.dtype
+    torch.testing.assert_close(grad_a, wanted[2], rtol=1e-2, atol=1e-3)  # of h as it was rounded
+
+
+def test_a_state_written_in_place_has_another_version():
+    state, history = torch.randn(2, 6, 4), torch.randn(2, 3, 6)
+    read = (state * torch.ones(2, 6, 4, requires_grad=True)).sum()
+    u, maps = torch.randn(2, 6), torch.randn(2, 4)
+    with torch.no_grad():
+        selective_scan_update(state, u, u, -torch.rand(6, 4), maps, maps, delta_softplus=True)
+        before = history._version
+        short_convolution_update(torch.randn(2, 1, 6), history, torch.randn(6, 4))
+    assert history._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        read.backward()
+
+
+def test_sizes_that_do_not_fit_are_refused_before_memory_is_left():
+    u, maps = torch.randn(1, 4, 6), torch.randn(1, 4, 3)
+    with pytest.raises(ValueError, match="B and C are"):
+        scan_kernel(u, u, -torch.rand(6, 5), maps, maps, *[None] * 4, delta_softplus=True)
+    four = torch.randn(1, 4, 4, 3)
+    with pytest.raises(ValueError, match="groups divide"):
+        scan_kernel(u, u, -torch.rand(6, 3), four, four, *[None] * 4, delta_softplus=True)
+    with pytest.raises(ValueError, match="at least W - 1"):
+        short_convolution_update(u, torch.randn(1, 2, 6), torch.randn(6, 4))
+    with pytest.raises(ValueError, match="the weight is"):
+        short_convolution_update(u, torch.randn(1, 3, 6), torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shape", ["head", "key"])
+def test_a_decay_that_is_no_number_is_not_taken_for_one(shape, length):
+    """In one head only: the others do not see it."""
+    q, k, v = qkv(length)
+    g = -torch.rand(2, length, 3, 4) if shape == "key" else -torch.rand(2, length, 3)
+    clean = g.clone()
+    g[0, 3, 1] = torch.nan
+    strengths, options = torch.full((2, length, 3), 0.5), {"scale": None, "normalize": False}
+    for compute in (
+        lambda g: linear_kernel.linear_attention(q, k, v, g, None, cu_seqlens=None, **options)[0],
+        lambda g: delta_kernel(q, k, v, strengths, g, None)[0],
+    ):
+        got, wanted = compute(g), compute(clean)
+        assert got[0, 3:, 1].isnan().all()
+        others = torch.ones(2, 3, dtype=torch.bool)
+        others[0, 1] = False
+        assert torch.equal(got.transpose(1, 2)[others], wanted.transpose(1, 2)[others])
+
+
+def test_gradients_of_one_result_alone():
+    u, maps = torch.randn(1, 40, 6, requires_grad=True), torch.randn(1, 40, 3)
+    A = -torch.rand(6, 3)
+    y, last = scan_kernel(u, u.detach(), A, maps, maps, *[None] * 4, delta_softplus=True)
+    both = torch.autograd.grad(y.sum() + last.sum(), u, retain_graph=True)[0]
+    apart = [torch.autograd.grad(part.sum(), u, retain_graph=True)[0] for part in (y, last)]
+    torch.testing.assert_close(sum(apart), both)
+
+
+def test_a_history_of_nothing():
+    x = torch.randn(2, 5, 3)
+    y, last = short_convolution(x, torch.ones(3, 1), form="native", output_final_state=True)
+    assert torch.equal(y, x)
+    assert last.shape == (2, 0, 3)
