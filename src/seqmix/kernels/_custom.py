@@ -69,12 +69,13 @@ def needs_no_dispatcher(first: Tensor, tensors: Iterable[Tensor | None]) -> bool
     It may where `first` is an ordinary tensor of the CPU, nothing records what is computed, no gradient is wanted
     and no tensor is stored with its sign to be changed.
     """
-    if torch.compiler.is_compiling() or type(first) is not Tensor or first.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() or transformed():
+    if transformed() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
     trains = torch.is_grad_enabled()
-    return not any(x is not None and (x.is_neg() or (trains and x.requires_grad)) for x in tensors)
+    given = [x for x in tensors if x is not None]
+    return not [x for x in given if x.is_neg() or (trains and x.requires_grad)]
 
 
 def columns_contiguous(tensor: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def missing(*inputs: Any, **options: Any) -> str | None:
             if tensor.dtype not in TAKEN:
                 name = str(tensor.dtype).removeprefix("torch.")
                 return f"the compiled kernels take float32 and bfloat16, not {name}"
-            if tensor.device.type not in ("cpu", "meta"):
+            if not (tensor.is_cpu or tensor.is_meta):
                 return (
                     f"the compiled kernels run on the CPU, and the tensors are on {tensor.device}"
                 )

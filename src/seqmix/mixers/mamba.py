@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
@@ -115,11 +114,12 @@ class Mamba(Mixer):
         arguments, before = self._operands(u, state, cu_seqlens)
         y, recurrent = OPERATORS.get(self.operator).function(
             **arguments,
+            z=z,
             initial_state=None if state is None else state["recurrent"],
             output_final_state=True,
             cu_seqlens=cu_seqlens,
         )
-        return self.output(y * F.silu(z)), {**before, "recurrent": recurrent}
+        return self.output(y), {**before, "recurrent": recurrent}
 
     def operator_case(self, tokens: int, context: int) -> Case:
         c = self.config
