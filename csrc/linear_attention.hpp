@@ -24,6 +24,16 @@ struct Workspace {
     }
 };
 
+// Chunks of the longest text.
+inline int64_t most_chunks(const Tensor& bounds, int64_t batch, int64_t length) {
+    int64_t most = 0;
+    for (int64_t index = 0; index < num_texts(bounds, batch); ++index) {
+        int64_t chunks = (text_at(bounds, index, length).length + CHUNK - 1) / CHUNK;
+        if (chunks > most) most = chunks;
+    }
+    return most;
+}
+
 // Rows of one head of a tensor [B, T, H, columns], from token t of a text on.
 struct Matrix {
     void* data;

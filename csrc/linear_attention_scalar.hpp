@@ -26,6 +26,7 @@ struct ScalarAttention {
     int64_t heads_of_group() const { return heads() / groups(); }
     int64_t heads_of_piece() const { return (heads_of_group() + pieces - 1) / pieces; }
     int64_t texts() const { return num_texts(bounds, v.size(0)); }
+    int64_t num_chunks() const { return most_chunks(bounds, v.size(0), v.size(1)); }
 };
 
 // Some heads of one group of one text.

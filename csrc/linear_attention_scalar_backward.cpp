@@ -25,16 +25,11 @@ struct ScalarBackward::Blocks {
     float *v, *v_turned, *grad_y, *errors, *grad_scores, *near, *far, *read, *grad_q, *grad_k, *grad_state;
     float *states, *grad_states, *pending;
     double* sums;
-    int64_t state_size, num_chunks;
+    int64_t state_size, num_chunks;  // of the longest text
 
-    Blocks(const ScalarAttention& in, Workspace& space) {
+    Blocks(const ScalarAttention& in, int64_t num_chunks, Workspace& space) : num_chunks(num_chunks) {
         int64_t keys = in.key_row(), values = in.value_row(), heads = in.heads_of_piece();
         state_size = keys * values;
-        num_chunks = 0;  // of the longest text
-        for (int64_t index = 0; index < in.texts(); ++index) {
-            int64_t chunks = (text_at(in.bounds, index, in.v.size(1)).length + CHUNK - 1) / CHUNK;
-            if (chunks > num_chunks) num_chunks = chunks;
-        }
         for (float** block : {&q, &k, &read, &grad_q, &grad_k}) *block = space.take(CHUNK * keys);
         for (float** block : {&v, &grad_y, &near, &far}) *block = space.take(CHUNK * values);
         for (float** block : {&scores, &decayed, &matrix, &errors, &grad_scores}) *block = space.take(CHUNK * CHUNK);
@@ -51,17 +46,17 @@ struct ScalarBackward::Blocks {
 
 int64_t ScalarBackward::workspace() const {
     Workspace space{nullptr};
-    Blocks counted(in, space);
+    Blocks counted(in, in.num_chunks(), space);
     return space.used;
 }
 
 void ScalarBackward::run(float* memory, int threads) const {
-    int64_t each = workspace();
+    int64_t each = workspace(), num_chunks = in.num_chunks();
     const int64_t K = in.key_width(), V = in.value_width(), key_row = in.key_row(), value_row = in.value_row();
     for_each_task(in.texts() * in.groups() * in.pieces, threads, [&](int64_t number, int thread) {
         ScalarTask task(in, number);
         Workspace space{memory + thread * each};
-        Blocks at(in, space);
+        Blocks at(in, num_chunks, space);
         Sums* sums = reinterpret_cast<Sums*>(at.sums);
         for (int64_t one = 0; one < task.count; ++one) {
             load_rows(state_of(grad_last, task.index, task.first + one), K, V, nullptr, 1, at.grad_state, value_row);

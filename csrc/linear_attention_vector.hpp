@@ -20,6 +20,7 @@ struct VectorAttention {
     int64_t value_row() const { return round_up(value_width()); }
     int64_t heads() const { return v.size(2); }
     int64_t texts() const { return num_texts(bounds, v.size(0)); }
+    int64_t num_chunks() const { return most_chunks(bounds, v.size(0), v.size(1)); }
 };
 
 // Part of a chunk as queries and as keys, with their decays in them.

@@ -22,13 +22,10 @@ struct VectorBackward::Blocks {
     Meeters meeters;
     int64_t state_size;
 
-    Blocks(const VectorAttention& in, Workspace& space) : decay(in.key_row(), space), meeters(in.key_row(), space) {
-        int64_t keys = in.key_row(), values = in.value_row(), num_chunks = 0;
+    Blocks(const VectorAttention& in, int64_t num_chunks, Workspace& space)
+        : decay(in.key_row(), space), meeters(in.key_row(), space) {
+        int64_t keys = in.key_row(), values = in.value_row();
         state_size = keys * values;
-        for (int64_t index = 0; index < in.texts(); ++index) {
-            int64_t chunks = (text_at(in.bounds, index, in.v.size(1)).length + CHUNK - 1) / CHUNK;
-            if (chunks > num_chunks) num_chunks = chunks;
-        }
         for (float** block : {&q, &k, &k_turned, &grad_q, &near, &far, &reach, &grad_g}) *block = space.take(CHUNK * keys);
         for (float** block : {&v, &v_turned, &grad_o, &grad_v}) *block = space.take(CHUNK * values);
         for (float** block : {&scores, &errors}) *block = space.take(CHUNK * CHUNK);
@@ -43,16 +40,16 @@ struct VectorBackward::Blocks {
 
 int64_t VectorBackward::workspace() const {
     Workspace space{nullptr};
-    Blocks counted(in, space);
+    Blocks counted(in, in.num_chunks(), space);
     return space.used;
 }
 
 void VectorBackward::run(float* memory, int threads) const {
-    int64_t each = workspace();
+    int64_t each = workspace(), num_chunks = in.num_chunks();
     const int64_t K = in.key_width(), V = in.value_width(), key_row = in.key_row(), value_row = in.value_row();
     for_each_task(in.texts() * in.heads(), threads, [&](int64_t task, int thread) {
         Workspace space{memory + thread * each};
-        Blocks at(in, space);
+        Blocks at(in, num_chunks, space);
         fill_zero(at.decay.gates, CHUNK * key_row);
         int64_t index = task / in.heads(), head = task % in.heads();
         Text text = text_at(in.bounds, index, in.v.size(1));
