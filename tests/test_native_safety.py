@@ -41,6 +41,13 @@ def test_forward_derivatives_are_not_lost(length):
     torch.testing.assert_close(by_function, wanted)
 
 
+def test_accelerated_models_leave_forward_derivatives_to_pytorch():
+    functions = pytest.importorskip("seqmix.convert._functions")
+    assert functions.computed_here(torch.ones(1))
+    with forward_ad.dual_level():
+        assert not functions.computed_here(torch.ones(1))
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_transforms_of_functions_are_followed(length):
     read, q = reader(length), torch.randn(2, length, 3, 4, requires_grad=True)

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from seqmix.convert import _kernels as kernels
 from seqmix.convert._texts import bounds_of, last_of_rows, one_row
-from seqmix.kernels import missing
+from seqmix.kernels import missing, transformed
 from seqmix.ops.delta_rule import delta_rule
 from seqmix.ops.selective_scan import selective_scan
 from seqmix.ops.short_convolution import short_convolution
@@ -46,9 +46,11 @@ class Replacement:
 def computed_here(tensor: Tensor) -> bool:
     """Whether our operators compute with this tensor: a plain one on the CPU, in a model that is not exported.
 
+    Not under transforms of torch.func or forward derivatives, of which the kernels know nothing.
+
     torch.compile follows the compiled kernels, but not the checks of our public functions.
     """
-    if not (tensor.is_cpu and type(tensor) in (Tensor, Parameter)):
+    if not (tensor.is_cpu and type(tensor) in (Tensor, Parameter)) or transformed():
         return False
     if not torch.compiler.is_compiling():
         return True
