@@ -29,7 +29,7 @@ demo: $(VENV)/compare.stamp $(VENV)/assets.stamp
 
 test: $(VENV)/test.stamp $(VENV)/assets.stamp
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
-	SEQMIX_NATIVE=0 $(BIN)/python -m pytest -n 2 -q -k "law" tests/test_mixers.py
+	SEQMIX_NATIVE=0 $(BIN)/python -m pytest -n 2 -q tests/test_mixers.py tests/test_models.py
 
 # Installing configured build/editable for this environment; see docs/native-kernels.md for one instruction set only.
 kernels: $(VENV)/test.stamp
