@@ -101,7 +101,9 @@ def test_a_second_gradient_is_refused():
 
 
 @needs_kernels
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_kernel_compiles_into_one_graph(backend):
     x = torch.randn(1, 40, 8, requires_grad=True)
