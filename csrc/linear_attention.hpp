@@ -35,7 +35,7 @@ inline int64_t most_chunks(const Tensor& bounds, int64_t batch, int64_t length) 
 }
 
 // Rows of one head of a tensor [B, T, H, columns], from token t of a text on.
-struct Matrix {
+struct HeadRows {
     void* data;
     Dtype dtype;
     int64_t row;
@@ -48,14 +48,14 @@ struct Matrix {
     }
 };
 
-inline Matrix rows_of(const Tensor& tensor, const Text& text, int64_t t, int64_t head) {
+inline HeadRows rows_of(const Tensor& tensor, const Text& text, int64_t t, int64_t head) {
     int64_t offset = text.row * tensor.stride(0) + (text.start + t) * tensor.stride(1) + head * tensor.stride(2);
     int64_t size = tensor.dtype == Dtype::bfloat16 ? 2 : 4;
     return {static_cast<char*>(tensor.data) + offset * size, tensor.dtype, tensor.stride(1)};
 }
 
 // One matrix of a tensor [N, H, rows, columns].
-inline Matrix state_of(const Tensor& tensor, int64_t text, int64_t head) {
+inline HeadRows state_of(const Tensor& tensor, int64_t text, int64_t head) {
     return {tensor.as<float>() + text * tensor.stride(0) + head * tensor.stride(1), Dtype::float32, tensor.stride(2)};
 }
 
@@ -84,7 +84,7 @@ inline void for_each_vector(int64_t columns, const Body& body) {
 
 // to[i, j] = factor * factors[i] * from[i, j] (`factors` may be absent), zeros up to whole vectors and in the rows
 // up to `padded`, round_up(rows) unless given.
-inline void load_rows(const Matrix& from, int64_t rows, int64_t columns, const float* factors, float factor, float* to,
+inline void load_rows(const HeadRows& from, int64_t rows, int64_t columns, const float* factors, float factor, float* to,
                       int64_t to_row, int64_t padded = 0) {
     from.typed([&](auto* data) {
         for (int64_t i = 0; i < rows; ++i) {
@@ -99,7 +99,7 @@ inline void load_rows(const Matrix& from, int64_t rows, int64_t columns, const f
 }
 
 // to[i, j] = factor * factors[i] * from[i, j].
-inline void store_rows(const Matrix& to, int64_t rows, int64_t columns, const float* factors, float factor,
+inline void store_rows(const HeadRows& to, int64_t rows, int64_t columns, const float* factors, float factor,
                        const float* from, int64_t from_row) {
     to.typed([&](auto* data) {
         for (int64_t i = 0; i < rows; ++i) {

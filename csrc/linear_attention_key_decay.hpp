@@ -69,7 +69,7 @@ struct KeyDecay {
         return -largest(-least) >= -SPAN;
     }
 
-    bool read(const Matrix& from, int64_t rows, int64_t width) const;
+    bool read(const HeadRows& from, int64_t rows, int64_t width) const;
     void whole(int64_t rows, bool with_out) const;
     void through_state(int64_t rows) const;
     void meet(const Meeting& meeting) const;
@@ -78,7 +78,7 @@ struct KeyDecay {
 };
 
 // Reads the gates, none below LOWEST_LOG_DECAY; whether the chunk as a whole spans little.
-inline bool KeyDecay::read(const Matrix& from, int64_t rows, int64_t width) const {
+inline bool KeyDecay::read(const HeadRows& from, int64_t rows, int64_t width) const {
     columns([&](int64_t j) { store(total + j, Vector{}); });
     from.typed([&](auto* data) {
         for (int64_t i = 0; i < rows; ++i)

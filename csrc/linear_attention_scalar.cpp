@@ -38,10 +38,10 @@ void ScalarForward::run(float* memory, int threads) const {
 
 void ScalarForward::store_output(const Text& text, int64_t t, int64_t rows, int64_t head, const float* factors,
                                  const float* y) const {
-    Matrix to = rows_of(o, text, t, head);
+    HeadRows to = rows_of(o, text, t, head);
     if (!in.gate.skip) return store_rows(to, rows, in.value_width(), factors, 1, y, in.value_row());
     float skip = in.gate.of_head(in.gate.skip, head, 0);
-    Matrix from = rows_of(in.v, text, t, head);
+    HeadRows from = rows_of(in.v, text, t, head);
     to.typed([&](auto* data) {
         auto* values = static_cast<decltype(data)>(from.data);
         for (int64_t i = 0; i < rows; ++i)
@@ -101,7 +101,7 @@ void ScalarForward::tokens(const ScalarTask& task) const {
     const int64_t K = in.key_width(), V = in.value_width(), length = task.text.length;
     ScalarDecay decay;
     for (int64_t head = task.first; head < task.first + task.count; ++head) {
-        Matrix from = state_of(in.state, task.index, head), state = state_of(last, task.index, head);
+        HeadRows from = state_of(in.state, task.index, head), state = state_of(last, task.index, head);
         float* to = static_cast<float*>(state.data);
         if (length == 0) {
             for (int64_t c = 0; c < K; ++c)
@@ -111,8 +111,8 @@ void ScalarForward::tokens(const ScalarTask& task) const {
         decay.read(in.gate, task.text, 0, length, head);
         float skip = in.gate.of_head(in.gate.skip, head, 0);
         for (int64_t t = 0; t < length; ++t) {
-            Matrix values = rows_of(in.v, task.text, t, head), read = rows_of(o, task.text, t, head);
-            Matrix queries = rows_of(in.q, task.text, t, task.group), keys = rows_of(in.k, task.text, t, task.group);
+            HeadRows values = rows_of(in.v, task.text, t, head), read = rows_of(o, task.text, t, head);
+            HeadRows queries = rows_of(in.q, task.text, t, task.group), keys = rows_of(in.k, task.text, t, task.group);
             const float* before = static_cast<float*>(t ? state.data : from.data);
             int64_t before_row = t ? state.row : from.row;
             float fade = decay.transition[t];

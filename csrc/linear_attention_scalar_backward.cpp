@@ -251,8 +251,8 @@ void ScalarBackward::head(const ScalarTask& task, const Blocks& at, int64_t numb
 void ScalarBackward::store_gradients(const ScalarTask& task, const Blocks& at, int64_t t, int64_t rows, int64_t head,
                                      const ScalarDecay& decay, double* grad_step, Sums& sums) const {
     const int64_t value_row = in.value_row();
-    Matrix to = rows_of(grad_v, task.text, t, head), values = rows_of(in.v, task.text, t, head);
-    Matrix outputs = rows_of(grad_o, task.text, t, head);
+    HeadRows to = rows_of(grad_v, task.text, t, head), values = rows_of(in.v, task.text, t, head);
+    HeadRows outputs = rows_of(grad_o, task.text, t, head);
     float skip = in.gate.of_head(in.gate.skip, head, 0);
     to.typed([&](auto* data) {
         auto* v = static_cast<decltype(data)>(values.data);

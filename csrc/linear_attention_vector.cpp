@@ -75,7 +75,7 @@ void VectorForward::chunks(const Text& text, int64_t index, int64_t head, const 
 // A few tokens: the recurrence itself, on the state where it will stay.
 void VectorForward::tokens(const Text& text, int64_t index, int64_t head, const Blocks& at) const {
     const int64_t K = in.key_width(), V = in.value_width();
-    Matrix from = state_of(in.state, index, head), state = state_of(last, index, head);
+    HeadRows from = state_of(in.state, index, head), state = state_of(last, index, head);
     float* to = static_cast<float*>(state.data);
     if (text.length == 0)
         for (int64_t c = 0; c < K; ++c)
@@ -87,7 +87,7 @@ void VectorForward::tokens(const Text& text, int64_t index, int64_t head, const 
         at.decay.columns([&](int64_t j) { store(at.decay.fade + j, exp(load(at.decay.high + j))); });
         const float* before = static_cast<float*>(t ? state.data : from.data);
         int64_t before_row = t ? state.row : from.row;
-        Matrix values = rows_of(in.v, text, t, head), read = rows_of(o, text, t, head);
+        HeadRows values = rows_of(in.v, text, t, head), read = rows_of(o, text, t, head);
         values.typed([&](auto* v) {
             auto* result = static_cast<decltype(v)>(read.data);
             for_each_vector(V, [&](int64_t j, auto lanes) {
