@@ -48,7 +48,7 @@ class Peer:
         return None
 
     def call(self, inputs: Inputs) -> Call:
-        """The peer on copies of these inputs of our operator, which hold no initial state."""
+        """The peer on copies of these inputs of our operator."""
         function = getattr(importlib.import_module(self.module), self.function)
         copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         return self.prepare(function, copies)
@@ -76,10 +76,15 @@ def _sdpa(function: Callable[..., Tensor], inputs: Inputs) -> Call:
 
 def _delta_rule(function: Callable[..., Any], inputs: Inputs) -> Call:
     names = ("q", "k", "v", "g", "beta")
-    options: dict[str, Any] = {"use_qk_l2norm_in_kernel": False, "output_final_state": False}
+    state = inputs.get("initial_state")
+    options: dict[str, Any] = {
+        "use_qk_l2norm_in_kernel": inputs.get("qk_l2norm", False),
+        "initial_state": state,
+        "output_final_state": state is not None,
+    }
 
     def forward() -> Tensor:
-        output: Tensor = function(*(inputs[n] for n in names), initial_state=None, **options)[0]
+        output: Tensor = function(*(inputs[n] for n in names), **options)[0]
         return output
 
     return Call(forward, _variables(inputs, *names))

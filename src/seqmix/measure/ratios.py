@@ -113,19 +113,38 @@ def against_peer(
     passes: str,
     dtype: str,
     settings: Settings,
-    *,
-    state: bool = False,
 ) -> list[Row]:
     """The time of another package's function over ours."""
     if reason := peer.missing():
         raise MissingExtra(reason)
     rows = []
     for shape in (s.shrunk(settings) for s in shapes):
-        made, inputs = _prepare(shape, dtype, state=state)
+        made, inputs = _prepare(shape, dtype)
         calls = {"ours": made.timed(passes), "theirs": peer.call(inputs).timed(passes)}
         timings = time_in_turn(calls, seconds=settings.seconds, warmup=1)
         ratio = timings["theirs"].median / timings["ours"].median
         rows.append(_row(shape.sizes(), ratio, timings, _work(shape, passes, made, inputs)))
+    return rows
+
+
+def put_in_place(shapes: Sequence[Shape], peer: Peer, settings: Settings) -> list[Row]:
+    """The time of a function of transformers over that of what `accelerate` puts in its place."""
+    if reason := peer.missing():
+        raise MissingExtra(reason)
+    accelerate = importlib.import_module("seqmix.convert.accelerate").accelerate
+    rows = []
+    for shape in shapes:
+        made, inputs = _prepare(shape, "float32", state=True)
+        theirs = peer.call(inputs)
+        with accelerate():
+            ours = peer.call(inputs)
+        if reason := disagreement(ours, theirs, torch.float32, gradients=False):
+            raise SeqmixError(f"{peer.function} accelerated is wrong here: {reason}")
+        calls = {"ours": ours.forward, "theirs": theirs.forward}
+        with torch.inference_mode():
+            timings = time_in_turn(calls, seconds=settings.seconds, warmup=1)
+        ratio = timings["theirs"].median / timings["ours"].median
+        rows.append(_row(shape.sizes(), ratio, timings, _work(shape, FORWARD, made, inputs)))
     return rows
 
 
