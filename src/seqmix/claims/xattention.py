@@ -387,7 +387,7 @@ CLAIM = Claim(
         "stride": 16,
         "shares": [0.8, LEAST_MASS],
         "lowerings": 8,
-        "lengths": [8192, 16384, 32768, 65536],
+        "lengths": [4096, 8192, 16384, 32768],
         "heads": 1,
         "seconds": 5.0,
         "repeats": 5,
