@@ -30,7 +30,9 @@ class BidirectionalAttention(AttentionMixer):
 
     Config = Config
     causal = False
-    exceptions: ClassVar = dict.fromkeys(WHOLE_TEXT, "a text is read in one call, or its end is not seen")
+    exceptions: ClassVar = dict.fromkeys(
+        WHOLE_TEXT, "a text is read in one call, or its end is not seen"
+    )
     examples: ClassVar = {
         "grouped": {"heads": 4, "key_heads": 2, "qk_norm": True},
         "window": {"window": 5},

@@ -30,7 +30,9 @@ class PrefixAttention(AttentionMixer):
     Config = Config
     causal = False
     reads_prefix = True
-    exceptions: ClassVar = dict.fromkeys(WHOLE_TEXT, "where the first call ends, there the prefix ends")
+    exceptions: ClassVar = dict.fromkeys(
+        WHOLE_TEXT, "where the first call ends, there the prefix ends"
+    )
     examples: ClassVar = {
         "grouped": {"heads": 4, "key_heads": 2, "qk_norm": True},
         "window": {"window": 5, "sinks": 2},

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
@@ -88,9 +87,15 @@ class SeqmixEncoder(_Encoder):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         segments: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """`last_hidden_state` [B, T, D]; `features` describes the inputs."""
+        if output_attentions or output_hidden_states:
+            raise ConfigError(
+                "output_attentions and output_hidden_states: seqmix models return neither."
+            )
         output = BaseModelOutput(
             last_hidden_state=self.features(
                 input_ids, attention_mask, token_type_ids, inputs_embeds, segments
@@ -127,7 +132,10 @@ class SeqmixForMaskedLM(_Encoder):
         loss = None
         if labels is not None:
             total = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1).float(),
+                labels.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
             )
             count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
             loss = total / count

@@ -73,30 +73,13 @@ class SeqmixConfig(PreTrainedConfig):
         return self.to_spec().tied
 
 
-class SeqmixModel(PreTrainedModel):
-    """A `LanguageModel` under `model`, whatever its head is used for: all kinds have the same weights."""
+class SavedModel(PreTrainedModel):
+    """A model whose constructor sets every weight, and which is loaded whole or not at all."""
 
-    config_class = SeqmixConfig
-    base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
-
-    def __init__(self, config: SeqmixConfig) -> None:
-        super().__init__(config)
-        self.model = LanguageModel(config.to_spec())
-
-    @classmethod
-    def create(cls, spec: ModelSpec | str, **fields: Any) -> Self:
-        """A new model of a specification or layout; weights follow torch's seed.
-
-        `fields` are fields of `ModelSpec` and ids of special tokens such as `eos_token_id`.
-        """
-        tokens = {name: fields.pop(name) for name in list(fields) if name.endswith("_token_id")}
-        values = (spec.to_dict() if isinstance(spec, ModelSpec) else {"layout": spec}) | fields
-        return cls(SeqmixConfig.from_spec(ModelSpec.from_dict(values), **tokens))
 
     def post_init(self) -> None:
         """For the end of a constructor: all modules are there."""
@@ -131,6 +114,28 @@ class SeqmixModel(PreTrainedModel):
                     f"{shown}. Copy or download the folder again, or save the model again."
                 )
         return (model, info) if wants_info else model
+
+
+class SeqmixModel(SavedModel):
+    """A `LanguageModel` under `model`, whatever its head is used for: all kinds have the same weights."""
+
+    config_class = SeqmixConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: SeqmixConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(config.to_spec())
+
+    @classmethod
+    def create(cls, spec: ModelSpec | str, **fields: Any) -> Self:
+        """A new model of a specification or layout; weights follow torch's seed.
+
+        `fields` are fields of `ModelSpec` and ids of special tokens such as `eos_token_id`.
+        """
+        tokens = {name: fields.pop(name) for name in list(fields) if name.endswith("_token_id")}
+        values = (spec.to_dict() if isinstance(spec, ModelSpec) else {"layout": spec}) | fields
+        return cls(SeqmixConfig.from_spec(ModelSpec.from_dict(values), **tokens))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

@@ -15,7 +15,7 @@ def register_with_transformers() -> None:
 
 def _import_models() -> None:
     try:
-        for kind in ("hf", "encoder"):
+        for kind in ("hf", "encoder", "seq2seq"):
             importlib.import_module(f"seqmix.models.{kind}")
     except ImportError as error:  # an old transformers must stay usable beside seqmix
         warnings.warn(
