@@ -26,7 +26,7 @@ from transformers.modeling_outputs import (
 
 from seqmix.core.errors import ConfigError
 from seqmix.data.packing import IGNORED, cu_seqlens_from_segments
-from seqmix.models.hf_model import SeqmixConfig, SeqmixModel, new_columns, read
+from seqmix.models._hf_model import SeqmixConfig, SeqmixModel, new_columns, read
 
 __all__ = [
     "SeqmixEncoder",

@@ -20,12 +20,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from seqmix.core.errors import ConfigError, DataError, ShapeError
 from seqmix.core.state import State, num_rows
 from seqmix.data.packing import IGNORED, cu_seqlens_from_segments
+from seqmix.models._hf_model import SeqmixConfig, SeqmixModel, new_columns, read
 from seqmix.models.backbone import ModelSpec
-from seqmix.models.hf_model import SeqmixConfig, SeqmixModel, new_columns, read
 from seqmix.models.pretrained import load
 from seqmix.models.state_cache import StateCache
 
-__all__ = ["SeqmixConfig", "SeqmixForCausalLM", "StateCache", "create", "load"]
+__all__ = ["SeqmixConfig", "SeqmixForCausalLM", "SeqmixModel", "StateCache", "create", "load"]
 
 
 class SeqmixForCausalLM(SeqmixModel, GenerationMixin):

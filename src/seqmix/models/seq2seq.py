@@ -29,10 +29,11 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
 from seqmix.data.packing import IGNORED
 from seqmix.mixers._cross_attention import CrossAttention
+
+# Modules, not names: importing transformers imports all kinds of models, whichever was first.
+from seqmix.models import encoder, hf
+from seqmix.models._hf_model import SavedModel, SeqmixConfig
 from seqmix.models.backbone import ModelSpec
-from seqmix.models.encoder import SeqmixEncoder
-from seqmix.models.hf import SeqmixForCausalLM
-from seqmix.models.hf_model import SavedModel, SeqmixConfig
 from seqmix.models.state_cache import StateCache
 
 __all__ = ["SeqmixForSeq2SeqLM", "SeqmixSeq2SeqConfig"]
@@ -96,9 +97,9 @@ class SeqmixForSeq2SeqLM(SavedModel, GenerationMixin):
 
     def __init__(self, config: SeqmixSeq2SeqConfig) -> None:
         super().__init__(config)
-        encoder, decoder = config.to_specs()
-        self.encoder = SeqmixEncoder(SeqmixConfig.from_spec(encoder))
-        self.decoder = SeqmixForCausalLM(SeqmixConfig.from_spec(_with_places_to_read(decoder)))
+        source, decoder = config.to_specs()
+        self.encoder = encoder.SeqmixEncoder(SeqmixConfig.from_spec(source))
+        self.decoder = hf.SeqmixForCausalLM(SeqmixConfig.from_spec(_with_places_to_read(decoder)))
         blocks = self.decoder.model.backbone.blocks
         for block in blocks[1::2]:
             block.mixer = CrossAttention(
@@ -108,15 +109,15 @@ class SeqmixForSeq2SeqLM(SavedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def create(cls, encoder: ModelSpec, decoder: ModelSpec, **tokens: int) -> Self:
+    def create(cls, encoder_spec: ModelSpec, decoder_spec: ModelSpec, **tokens: int) -> Self:
         """A new model; `tokens` are ids such as `decoder_start_token_id`. Weights follow torch's seed."""
-        specs = {"encoder": encoder.to_dict(), "decoder": decoder.to_dict()}
+        specs = {"encoder": encoder_spec.to_dict(), "decoder": decoder_spec.to_dict()}
         return cls(SeqmixSeq2SeqConfig(specs=specs, **tokens))
 
-    def get_encoder(self, modality: str | None = None) -> SeqmixEncoder:
+    def get_encoder(self, modality: str | None = None) -> encoder.SeqmixEncoder:
         return self.encoder
 
-    def get_decoder(self) -> SeqmixForCausalLM:
+    def get_decoder(self) -> hf.SeqmixForCausalLM:
         return self.decoder
 
     def get_input_embeddings(self) -> nn.Module:

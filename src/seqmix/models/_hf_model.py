@@ -3,6 +3,7 @@
 Pads never reach a mixer: a padded batch is packed, so a text gives the same whether it is padded or not,
 and states have one row per text.
 
+Imported through `seqmix.models.hf`, `encoder` and `seq2seq`.
 Axes: B rows, T time, D width, N texts.
 """
 
