@@ -102,7 +102,7 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
         spec = config.to_spec()
         self.model = LanguageModel(spec)
         for block, entry in zip(self.model.backbone.blocks, spec.entries(), strict=True):
-            if not block.mixer.causal:
+            if block.mixer is not None and not block.mixer.causal:
                 raise ConfigError(
                     f"{entry.mixer.name} reads the future, so it cannot predict the next token. "
                     "Use a causal mixer in a language model."
