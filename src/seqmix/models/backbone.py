@@ -29,7 +29,6 @@ from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
-
 RESIDUALS = ("pre", "parallel", "sandwich", "post")
 
 
