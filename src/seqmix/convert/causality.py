@@ -36,14 +36,15 @@ def redirect(model: SeqmixModel, direction: Direction) -> SeqmixForCausalLM | Se
     spec = model.config.to_spec()
     entries = []
     for entry in spec.entries():
-        if entry.mixer.name not in MIXERS.values():
+        if entry.mixer.name not in (*MIXERS.values(), "none"):
             raise ConfigError(
                 f"redirect: {entry.mixer.name} has one direction only. It works for layouts of "
                 f"{', '.join(MIXERS.values())}."
             )
-        mixer = dataclasses.replace(entry.mixer, name=MIXERS[direction])
-        entries.append(str(dataclasses.replace(entry, mixer=mixer)))
-    spec = dataclasses.replace(spec, layout=", ".join(entries), depth=None)
+        name = "none" if entry.mixer.name == "none" else MIXERS[direction]
+        mixer = dataclasses.replace(entry.mixer, name=name)
+        entries.append(dataclasses.replace(entry, mixer=mixer))
+    spec = spec.with_entries(entries)
     ids = {name: value for name, value in vars(model.config).items() if name.endswith("_token_id")}
     kind = SeqmixForMaskedLM if direction == "both" else SeqmixForCausalLM
     made = kind(SeqmixConfig.from_spec(spec, **ids)).to(model.device, model.dtype)

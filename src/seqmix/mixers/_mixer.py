@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from seqmix.core.config import Config
-from seqmix.core.cost import Cost, matmul_cost
+from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, num_bytes
+from seqmix.linears import linear_cost
 from seqmix.ops import OPERATORS, Case
 
 
@@ -111,8 +112,7 @@ class Mixer(nn.Module, ABC):
         """
         total = Cost(state_bytes=self.state_bytes(context + length))
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                total += matmul_cost(length, module.in_features, module.out_features)
+            total += linear_cost(module, length)
         if self.operator and (case := self.operator_case(length, context)):
             inner = OPERATORS.get(self.operator).cost(case)
             total += Cost(flops=inner.flops, bytes=inner.bytes)

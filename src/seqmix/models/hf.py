@@ -36,12 +36,12 @@ class SeqmixForCausalLM(SeqmixModel, GenerationMixin):
         entries = config.to_spec().entries()
         mixers = [block.mixer for block in self.model.backbone.blocks]
         for mixer, entry in zip(mixers, entries, strict=True):
-            if not (mixer.causal or mixer.reads_prefix):
+            if mixer is not None and not (mixer.causal or mixer.reads_prefix):
                 raise ConfigError(
                     f"{entry.mixer.name} reads the future, so it cannot predict the next token. "
                     "Use a causal mixer in a language model."
                 )
-        self._is_causal = all(mixer.causal for mixer in mixers)
+        self._is_causal = all(mixer is None or mixer.causal for mixer in mixers)
         self.post_init()
 
     def forward(

@@ -12,7 +12,6 @@ Axes: B rows, S tokens of the source, T of the target, D width.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Self
 
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from seqmix.mixers._cross_attention import CrossAttention
 from seqmix.models import encoder, hf
 from seqmix.models._hf_model import SavedModel, SeqmixConfig
 from seqmix.models.backbone import ModelSpec
+from seqmix.models.layout import Entry, Part, parse_part
 from seqmix.models.state_cache import StateCache
 
 __all__ = ["SeqmixForSeq2SeqLM", "SeqmixSeq2SeqConfig"]
@@ -184,13 +184,15 @@ class SeqmixForSeq2SeqLM(SavedModel, GenerationMixin):
 
     def start(self, memory: Tensor, mask: Tensor | None = None) -> State:
         """The decoder's state before the first token, from the encoder's features [B, S, D] of the source."""
-        blocks = self.decoder.model.backbone.blocks
-        return [
-            block.mixer.remember(memory, mask)
-            if isinstance(block.mixer, CrossAttention)
-            else block.mixer.initial_state(len(memory), memory)
-            for block in blocks
-        ]
+        backbone = self.decoder.model.backbone
+        state = backbone.initial_state(len(memory), memory)
+        first = len(state) - len(
+            backbone.blocks
+        )  # before the blocks' states there may be one of positions
+        for place, block in enumerate(backbone.blocks, start=first):
+            if isinstance(block.mixer, CrossAttention):
+                state[place] = block.mixer.remember(memory, mask)
+        return state
 
     def prepare_inputs_for_generation(
         self,
@@ -221,10 +223,11 @@ class SeqmixForSeq2SeqLM(SavedModel, GenerationMixin):
 
 def _with_places_to_read(spec: ModelSpec) -> ModelSpec:
     """Two blocks for each: the token mixer, then what becomes cross-attention, with the channel mixer."""
-    blocks = (
-        f"{entry.mixer}/none, attention/{entry.channel or spec.channel}" for entry in spec.entries()
-    )
-    return dataclasses.replace(spec, layout=", ".join(blocks), depth=None)
+    blocks = []
+    for entry in spec.entries():
+        channel = entry.channel or parse_part(spec.channel)
+        blocks += [Entry(entry.mixer, Part("none")), Entry(Part("attention"), channel)]
+    return spec.with_entries(blocks)
 
 
 AutoConfig.register("seqmix_seq2seq", SeqmixSeq2SeqConfig)
