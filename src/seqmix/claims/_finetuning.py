@@ -14,14 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqmix.claims._claim import Run
+from seqmix.core import extras
 from seqmix.data.text import Corpus
-from seqmix.models.backbone import ModelSpec
 from seqmix.models.pretrained import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMALL = ModelSpec(layout="2x[attention]", width=32, heads=2)
+SMALL = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "eos_token_id": 256,
+}
 
 
 def pretrained(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,7 +38,11 @@ def pretrained(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from seqmix.train.language import prepare
 
     if run["model"] is None:
-        return prepare(SMALL, "bytes", Corpus("none", ("none",)), seed=0)
+        transformers = extras.require("transformers", extra="train")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+        return prepare(small, "bytes", Corpus("none", ("none",)), seed=0)
     model, tokenizer = load(run["model"])
     assert tokenizer is not None
     return model, tokenizer
@@ -45,6 +58,22 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: i
         ids = tokenizer(text[begin : begin + characters], add_special_tokens=False).input_ids
         rows.append(ids[:length])
     return torch.tensor(rows)
+
+
+def tune(model: PreTrainedModel, batches: list[dict[str, Tensor]], learning_rate: float) -> None:
+    """Trains the model in place, one step per batch in their order, as gently as fine-tuning asks for."""
+    from seqmix.train.loop import run
+    from seqmix.train.plan import Plan
+
+    plan = Plan(
+        steps=len(batches),
+        tokens_per_step=batches[0]["input_ids"].numel(),
+        learning_rate=learning_rate,
+        weight_decay=0.0,
+        warmup=0.1,
+        progress=False,
+    )
+    run(model, lambda index: batches[index % len(batches)], plan)
 
 
 @torch.no_grad()
