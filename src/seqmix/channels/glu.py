@@ -1,4 +1,4 @@
-"""Gated linear unit: y = W_o (f(W_g x) * W_u x), f = SiLU (SwiGLU), GELU (GEGLU) or the sigmoid (GLU).
+"""Gated linear unit: y = W_o (f(W_g x) * W_u x), f = SiLU (SwiGLU), GELU (GEGLU), ReLU (ReGLU) or sigmoid (GLU).
 
 Shazeer 2020 (arXiv:2002.05202), eq. 5-6. An expansion of 8/3 gives the parameters of a plain MLP with 4.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqmix.channels._channel import Channel, ChannelConfig
 from seqmix.core.errors import ConfigError
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "sigmoid": F.sigmoid}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": F.sigmoid}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class GatedLinearUnit(Channel):
     """Three matrices; the parameters of an MLP at 2/3 of its expansion."""
 
     Config = Config
-    examples: ClassVar = {"gelu": {"activation": "gelu"}, "sigmoid": {"activation": "sigmoid"}}
+    examples: ClassVar = {name: {"activation": name} for name in ("gelu", "relu", "sigmoid")}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
