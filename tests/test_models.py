@@ -61,7 +61,7 @@ def test_generation(law, layout):
 
 class TestLawsCanFail:
     def test_pads(self, monkeypatch):
-        monkeypatch.setattr("seqmix.models.hf._new_columns", lambda *_: None)
+        monkeypatch.setattr("seqmix.models.hf.new_columns", lambda *_: None)
         with pytest.raises(AssertionError, match="pads"):
             laws.pads_change_nothing(HYBRID)
         with pytest.raises(AssertionError):

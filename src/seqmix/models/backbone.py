@@ -124,9 +124,9 @@ class Backbone(nn.Module):
             for entry in spec.entries()
         )
         self.norm = nn.RMSNorm(spec.width, eps=1e-6)
-        self._initialise()
+        self.initialise()
 
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         """Linear weights are normal with deviation fan_in**-0.5; those that write to the residual stream
         (modules called `output`) are smaller by sqrt(2 * depth), so that its size does not grow with depth.
         A module with `keeps_initialisation` has set its own weights; biases start at zero.
