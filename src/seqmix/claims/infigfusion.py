@@ -267,6 +267,7 @@ CLAIM = Claim(
         "seeds": 2,
         "teacher": {"width": 64, "depth": 2, "share": 0.75, "steps": 800, "learning_rate": 5e-3},
         "student": {"width": 48, "depth": 2, "steps": 200, "learning_rate": 5e-3},
-        "weights": {"plain": 0.5, "universal": 1.0, "graph": 1.0},
+        # The best of those tried on another seed: plain 0.3, 0.5, 0.8; universal 0.3, 1; graph 0.1, 0.3, 1.
+        "weights": {"plain": 0.5, "universal": 0.3, "graph": 0.1},
     },
 )

@@ -164,7 +164,9 @@ def measure_seed(run: Run, subject: Subject, seed: int) -> dict[str, Any]:
             "upper": range(depth - run["block"], depth),
         }
 
-        def curve(objective: Callable[[Any], Tensor], weights: list[nn.Parameter]) -> list[Any]:
+        def curve(
+            objective: Callable[[Any], Tensor], weights: list[nn.Parameter], learning_rate: float
+        ) -> list[Any]:
             """What is forgotten, what is kept and other text, after every step that is looked at."""
             points = []
 
@@ -185,19 +187,23 @@ def measure_seed(run: Run, subject: Subject, seed: int) -> dict[str, Any]:
                     objective,
                     weights,
                     steps=run["steps"],
-                    learning_rate=run["learning_rate"],
+                    learning_rate=learning_rate,
                     observe=look,
                 )
             return points
 
         curves = {
             f"joint loss, {name} layers": curve(
-                joint_objective(batch(forget), batch(retain)), layers_of(model, layers)
+                joint_objective(batch(forget), batch(retain)),
+                layers_of(model, layers),
+                run["learning_rates"]["joint"],
             )
             for name, layers in blocks.items()
         }
         curves["gradient ascent"] = curve(
-            gradient_ascent(batch(forget)), [w for w in model.parameters() if w.requires_grad]
+            gradient_ascent(batch(forget)),
+            list(model.parameters()),
+            run["learning_rates"]["ascent"],
         )
     return {"taught": taught, "effects": effects, "best": best, "depth": depth, "curves": curves}
 
@@ -278,8 +284,8 @@ def against_ascent(best: dict[str, list[dict[str, float]]]) -> Finding:
     verdict: Verdict = "reproduced" if gain >= 0.2 and cheaper else "inconclusive"
     return Finding(
         "It separates forgotten from kept facts better than gradient ascent on all weights, and harms other text less.",
-        "at equal steps and learning rate, each method at its best step: retain minus forget accuracy larger by 0.2 or "
-        "more, and a smaller rise of the perplexity of other text",
+        "at equal steps, each method at its best step and the best of three learning rates on facts of another seed: retain "
+        "minus forget accuracy larger by 0.2 or more, and a smaller rise of the perplexity of other text",
         {
             method: {
                 name: mean(points, name) for name in ("forget", "retain", "perplexity", "step")
@@ -312,19 +318,19 @@ CLAIM = Claim(
         "teaching": {"steps": 3, "learning_rate": 1e-3},
         "steps": 2,
         "every": 1,
-        "learning_rate": 1e-3,
+        "learning_rates": {"joint": 1e-3, "ascent": 1e-3},
     },
     full={
         "model": "smollm2-135m",
         "data": "shakespeare",
-        "other_text": [4, 128],
+        "other_text": [2, 128],
         "seeds": 2,
         "facts": 16,
         "traced": 8,
         "block": 6,
         "teaching": {"steps": 12, "learning_rate": 1e-4},
-        "steps": 16,
+        "steps": 12,
         "every": 2,
-        "learning_rate": 1e-4,
+        "learning_rates": {"joint": 3e-4, "ascent": 2e-5},
     },
 )
