@@ -37,6 +37,7 @@ class BidirectionalAttention(AttentionMixer):
         "grouped": {"heads": 4, "key_heads": 2, "qk_norm": True},
         "window": {"window": 5},
         "no_positions": {"rope_base": None},
+        "long_texts": {"rope_factor": 2.0, "rope_original": 8},
     }
 
     def forward(

@@ -36,6 +36,7 @@ class PrefixAttention(AttentionMixer):
     examples: ClassVar = {
         "grouped": {"heads": 4, "key_heads": 2, "qk_norm": True},
         "window": {"window": 5, "sinks": 2},
+        "long_texts": {"rope_factor": 2.0, "rope_original": 8},
     }
 
     def operands(
