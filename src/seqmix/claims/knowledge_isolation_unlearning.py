@@ -284,8 +284,8 @@ def against_ascent(best: dict[str, list[dict[str, float]]]) -> Finding:
     verdict: Verdict = "reproduced" if gain >= 0.2 and cheaper else "inconclusive"
     return Finding(
         "It separates forgotten from kept facts better than gradient ascent on all weights, and harms other text less.",
-        "at equal steps, each method at its best step and the best of three learning rates on facts of another seed: retain "
-        "minus forget accuracy larger by 0.2 or more, and a smaller rise of the perplexity of other text",
+        "at equal steps, each method at its best step and the best of three learning rates on facts of another seed: "
+        "retain minus forget accuracy larger by 0.2 or more, and a smaller rise of the perplexity of other text",
         {
             method: {
                 name: mean(points, name) for name in ("forget", "retain", "perplexity", "step")
