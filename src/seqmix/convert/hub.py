@@ -35,8 +35,8 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def to_seqmix(model: PreTrainedModel | str | Path) -> SeqmixForCausalLM:
     """The same model of this package's blocks, in evaluation mode; what is one already is returned as it is.
 
-    `model` is a causal language model of transformers, or whatever `seqmix.load` takes. Logits are equal up to rounding.
-    The given model stays as it was and shares no memory with the new one.
+    `model` is a causal language model of transformers, or whatever `seqmix.load` takes. Logits are equal up to
+    rounding. The given model stays as it was and shares no memory with the new one.
     Raises `ConfigError` for a family, or a field of its configuration, that the blocks of this package do not compute.
     """
     if isinstance(model, str | Path):
