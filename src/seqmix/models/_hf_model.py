@@ -24,13 +24,17 @@ from seqmix.models.backbone import Backbone, LanguageModel, ModelSpec
 
 
 class SeqmixConfig(PreTrainedConfig):
-    """A `ModelSpec`, as a dict under `spec`, and the ids of the special tokens."""
+    """A `ModelSpec`, as a dict under `spec`, and the ids of the special tokens.
+
+    `source` is the configuration of the model of transformers that this one was made from (`convert.hub`).
+    """
 
     model_type = "seqmix"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a list)
 
     spec: dict[str, Any] | None = None
-    eos_token_id: int | None = None
+    source: dict[str, Any] | None = None
+    eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     mask_token_id: int | None = None
