@@ -66,6 +66,16 @@ CONFIGS = {
         "MambaConfig",
         {**OPT, "state_size": 5, "time_step_rank": 3, "expand": 2, "conv_kernel": 3},
     ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            **{name: value for name, value in OPT.items() if name != "num_attention_heads"},
+            "num_heads": 6,
+            "head_dim": 16,
+            "n_groups": 2,
+            "state_size": 5,
+        },
+    ),
 }
 FOLDED = ("gemma", "gemma3", "opt")  # 1 + w is rounded; two rows of positions are dropped
 

@@ -31,7 +31,14 @@ def spec(config: Any) -> ModelSpec:
     refuse(config, {"add_cross_attention": (False,)})
     width, heads = config.hidden_size, config.num_attention_heads
     head_width = width // heads
-    attention = {"heads": heads, "key_heads": heads, "head_width": head_width, "rope_base": None}
+    attention = {
+        "heads": heads,
+        "key_heads": heads,
+        "head_width": head_width,
+        "rope_base": None,
+        "bias": True,
+        "output_bias": True,
+    }
     hidden = {
         "hidden": config.n_inner or 4 * width,
         "bias": True,
@@ -42,11 +49,8 @@ def spec(config: Any) -> ModelSpec:
         scale = head_width**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= index + 1
-        biased = {"bias": True, "output_bias": True}
-        biased["scale"] = None if scale == head_width**-0.5 else scale
-        entries.append(
-            Entry(mixer("attention", attention | biased, always=SHAPE), channel("mlp", hidden))
-        )
+        own = attention | {"scale": None if scale == head_width**-0.5 else scale}
+        entries.append(Entry(mixer("attention", own, always=SHAPE), channel("mlp", hidden)))
     return ModelSpec(
         layout=write_layout(entries),
         width=width,
