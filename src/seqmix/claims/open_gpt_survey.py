@@ -50,8 +50,8 @@ def measure(run: Run) -> list[Finding]:
     findings = [
         Finding(
             "A model of a family that is read computes the same here, and back in transformers.",
-            f"largest difference of logits at most {LARGEST_ERROR:g} of the largest logit, in float32, for small random "
-            "models with random norms and biases, there and back",
+            f"largest difference of logits at most {LARGEST_ERROR:g} of the largest logit, in float32, for small "
+            "random models with random norms and biases, there and back",
             {"largest": worst, "by family": read},
             "reproduced" if worst <= LARGEST_ERROR else "not reproduced",
         ),
