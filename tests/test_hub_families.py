@@ -1,4 +1,4 @@
-"""Models of transformers as models of this package, and back."""
+"""Every family of transformers' models here and back: equal logits, padded, cached and generated."""
 
 from __future__ import annotations
 
