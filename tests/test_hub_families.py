@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from seqmix.convert.families import FAMILIES
 from seqmix.convert.hub import to_seqmix, to_transformers
 from seqmix.core.errors import ConfigError
 from seqmix.models.hf import create
@@ -192,3 +193,8 @@ def test_a_changed_model_says_why_it_stays_here():
         to_transformers(made)
     with pytest.raises(ConfigError, match="no source"):
         to_transformers(create("attention", width=16, heads=2))
+
+
+def test_every_family_is_tested():
+    tested = {getattr(transformers, kind).model_type for kind, _ in CONFIGS.values()}
+    assert tested == {kind for name in FAMILIES for kind in FAMILIES.get(name).model_types}
