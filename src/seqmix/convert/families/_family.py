@@ -6,10 +6,11 @@ with ours. A model goes back as long as its specification is still the one that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -19,6 +20,7 @@ from seqmix.mixers import MIXERS
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.layout import Part
 
+SHAPE = ("heads", "key_heads", "head_width")  # options of attention that are always written
 Tensors = tuple[Tensor, ...]
 
 
@@ -53,10 +55,16 @@ def same(theirs: str, ours: str) -> Weights:
     return Weights((theirs,), (ours,), lambda x: (x,), lambda x: (x,))
 
 
-def renamed(names: Mapping[str, str], theirs: str, ours: str) -> Iterator[Weights]:
-    """Tensors under other names, each after a prefix of its side."""
-    for before, after in names.items():
-        yield same(theirs + before, ours + after)
+def parts(
+    theirs: str, ours: Sequence[str], turn: Callable[[Tensor], Tensor] = lambda x: x
+) -> Weights:
+    """A tensor that holds several of ours one after another, each turned by its own inverse `turn`."""
+    return Weights(
+        (theirs,),
+        tuple(ours),
+        lambda x: turn(x).chunk(len(ours)),
+        lambda *x: (turn(torch.cat(x)),),
+    )
 
 
 def linear(theirs: str, ours: str, *, bias: bool = False) -> Iterator[Weights]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from seqmix.convert.families._family import (
+    SHAPE,
     Family,
     Weights,
     activation,
@@ -24,8 +25,6 @@ from seqmix.convert.families._family import (
 )
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.layout import Entry, write_layout
-
-SHAPE = ("heads", "key_heads", "head_width")
 
 
 def windows(config: Any) -> list[int | None]:

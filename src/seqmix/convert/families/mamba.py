@@ -1,0 +1,69 @@
+"""Mamba: blocks of a selective state space and no channel mixer.
+
+Gu & Dao 2023 (arXiv:2312.00752), section 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from seqmix.convert.families._family import (
+    Family,
+    Weights,
+    block,
+    linear,
+    mixer,
+    refuse,
+    same,
+)
+from seqmix.models.backbone import ModelSpec
+from seqmix.models.layout import Entry, Part, write_layout
+
+
+def spec(config: Any) -> ModelSpec:
+    """The specification of a Mamba configuration."""
+    refuse(config, {"hidden_act": ("silu",), "use_bias": (False,), "use_conv_bias": (True,)})
+    options = {
+        "expansion": config.intermediate_size / config.hidden_size,
+        "state_width": config.state_size,
+        "step_rank": int(config.time_step_rank),
+        "convolution_size": config.conv_kernel,
+    }
+    entry = Entry(mixer("mamba", options), Part("none"))
+    return ModelSpec(
+        layout=write_layout([entry] * config.num_hidden_layers),
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        norm_eps=config.layer_norm_epsilon,
+    )
+
+
+def weights(config: Any) -> Iterator[Weights]:
+    """Where the weights of a Mamba model go."""
+    yield from linear("backbone.embeddings", "model.embedding")
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"backbone.layers.{index}", block(index)
+        yield from linear(f"{theirs}.norm", f"{ours}.mixer_norm")
+        theirs, ours = f"{theirs}.mixer", f"{ours}.mixer"
+        yield from linear(f"{theirs}.in_proj", f"{ours}.input")
+        yield Weights(
+            (f"{theirs}.conv1d.weight",),
+            (f"{ours}.convolution.weight",),
+            lambda x: (x.squeeze(1),),
+            lambda x: (x.unsqueeze(1),),
+        )
+        yield same(f"{theirs}.conv1d.bias", f"{ours}.convolution.bias")
+        yield from linear(f"{theirs}.x_proj", f"{ours}.selection")
+        yield from linear(f"{theirs}.dt_proj", f"{ours}.step_size")
+        yield same(f"{theirs}.dt_proj.bias", f"{ours}.step_bias")
+        yield same(f"{theirs}.A_log", f"{ours}.A_log")
+        yield same(f"{theirs}.D", f"{ours}.D")
+        yield from linear(f"{theirs}.out_proj", f"{ours}.output")
+    yield from linear("backbone.norm_f", "model.backbone.norm")
+    if not config.tie_word_embeddings:
+        yield from linear("lm_head", "model.head")
+
+
+FAMILY = Family(("mamba",), spec, weights)
