@@ -180,9 +180,9 @@ CLAIM = Claim(
     "Awareness Measurement",
     paper="arXiv:2410.15633",
     claimed="The gap between the perplexities of a short-context and a long-context model, and how well attention "
-    "rests on the segments that help, find the samples rich in long-range dependencies; training on them is better than on "
-    "samples at random.",
-    where="sections 3 and 4 (7B models on LongAlign; here models of some 50,000 parameters and planted samples of 69 "
+    "rests on the segments that help, find the samples rich in long-range dependencies; training on them is better "
+    "than on samples at random.",
+    where="sections 3 and 4 (7B models on LongAlign; here models of some 15,000 parameters and planted samples of 69 "
     "tokens)",
     measure=measure,
     quick={
@@ -203,7 +203,7 @@ CLAIM = Claim(
         "context": 64,
         "segments": 8,
         "window": 12,
-        "model": {"width": 64, "heads": 4},
+        "model": {"width": 32, "heads": 2},
         "batch": 32,
         "learning_rate": 5e-3,
         "pretraining": 300,
