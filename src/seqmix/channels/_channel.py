@@ -5,12 +5,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix.core.config import Config
-from seqmix.core.cost import Cost, matmul_cost
+from seqmix.core.cost import Cost
+from seqmix.core.errors import ConfigError
+from seqmix.linears import linear_cost
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": F.sigmoid,
+    "silu": F.silu,
+}
+
+
+def check_activation(owner: str, activation: str) -> None:
+    """Raises `ConfigError` for a name that is no activation."""
+    if activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"{owner}: activation={activation!r}, wanted one of {', '.join(ACTIVATIONS)}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +39,13 @@ class ChannelConfig(Config):
 
     width: int = 64
     expansion: float = 4.0  # hidden width as a multiple of the width
+    hidden: int | None = None  # the hidden width itself, instead
 
-    @property
-    def hidden(self) -> int:
-        return max(1, round(self.width * self.expansion))
+    def __post_init__(self) -> None:
+        if self.hidden is None:
+            object.__setattr__(self, "hidden", max(1, round(self.width * self.expansion)))
+        elif self.hidden < 1:
+            raise ConfigError(f"hidden={self.hidden}, wanted at least 1.")
 
 
 class Channel(nn.Module, ABC):
@@ -48,8 +71,7 @@ class Channel(nn.Module, ABC):
         """Predicted cost of `length` tokens in float32: every linear layer as a matrix product."""
         total = Cost()
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                total += matmul_cost(length, module.in_features, module.out_features)
+            total += linear_cost(module, length)
         return total
 
     def extra_repr(self) -> str:

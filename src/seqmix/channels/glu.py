@@ -1,4 +1,4 @@
-"""Gated linear unit: y = W_o (f(W_g x) * W_u x), f = SiLU (SwiGLU), GELU (GEGLU) or the sigmoid (GLU).
+"""Gated linear unit: y = W_o (f(W_g x) * W_u x), f = SiLU (SwiGLU), GELU (GEGLU), ReLU (ReGLU), sigmoid (GLU).
 
 Shazeer 2020 (arXiv:2002.05202), eq. 5-6. An expansion of 8/3 gives the parameters of a plain MLP with 4.
 """
@@ -8,13 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqmix.channels._channel import Channel, ChannelConfig
-from seqmix.core.errors import ConfigError
-
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "sigmoid": F.sigmoid}
+from seqmix.channels._channel import ACTIVATIONS, Channel, ChannelConfig, check_activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +19,15 @@ class Config(ChannelConfig):
     activation: str = "silu"
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"glu: activation={self.activation!r}, wanted one of {', '.join(ACTIVATIONS)}."
-            )
+        super().__post_init__()
+        check_activation("glu", self.activation)
 
 
 class GatedLinearUnit(Channel):
     """Three matrices; the parameters of an MLP at 2/3 of its expansion."""
 
     Config = Config
-    examples: ClassVar = {"gelu": {"activation": "gelu"}, "sigmoid": {"activation": "sigmoid"}}
+    examples: ClassVar = {name: {"activation": name} for name in ("gelu", "relu", "sigmoid")}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

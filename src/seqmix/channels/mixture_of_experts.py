@@ -36,6 +36,7 @@ class Config(ChannelConfig):
     balance_rate: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.active <= self.experts:
             raise ConfigError(
                 f"mixture_of_experts: active={self.active} of experts={self.experts}, wanted from 1 to all."
@@ -55,16 +56,15 @@ class MixtureOfExperts(Channel):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        width, expansion = config.width, config.expansion
+        width, hidden = config.width, config.hidden
         self.router = nn.Linear(width, config.experts, bias=False)
         self.register_buffer("balance", torch.zeros(config.experts, dtype=torch.float32))
         self.experts = nn.ModuleList(
-            GatedLinearUnit(ExpertConfig(width=width, expansion=expansion))
-            for _ in range(config.experts)
+            GatedLinearUnit(ExpertConfig(width=width, hidden=hidden)) for _ in range(config.experts)
         )
         self.shared = None
         if config.shared:
-            wider = ExpertConfig(width=width, expansion=expansion * config.shared)
+            wider = ExpertConfig(width=width, hidden=hidden * config.shared)
             self.shared = GatedLinearUnit(wider)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Root-mean-square norm that takes activations of lower precision than its weight."""
+"""The norms that models are built of."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+NORMS: dict[str, type[nn.RMSNorm] | type[nn.LayerNorm]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 class RMSNorm(nn.RMSNorm):

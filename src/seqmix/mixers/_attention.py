@@ -19,13 +19,22 @@ from torch import Tensor, nn
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import Growing, State
 from seqmix.layers.norm import RMSNorm
-from seqmix.layers.positions import rotate
+from seqmix.layers.positions import Stretch, rotate
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
 from seqmix.ops._packing import Packing
 from seqmix.ops.attention import attention
 
 INTEGER_BYTES = 8
+WHOLE_TEXT = (  # laws of `seqmix.testing` that do not hold where a text's later tokens change its earlier outputs
+    "step_equals_forward",
+    "splitting_anywhere_changes_nothing",
+    "gradients_flow_through_the_state",
+    "a_state_is_a_value",
+    "reordered_states_equal_reordered_batches",
+    "texts_of_different_lengths_continue_together",
+    "inference_states_can_be_continued",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +43,23 @@ class AttentionConfig(HeadsConfig):
     window: int | None = None  # tokens that a token sees, itself included; all earlier ones if none
     sinks: int = 0  # first tokens of a text that stay visible beyond the window
     rope_base: float | None = 10000.0  # none: no positions
+    rotary: float = 1.0  # share of a head's channels that turn
+    rope_factor: float = 1.0  # frequencies are divided by it; see `Stretch`
+    rope_original: int | None = None  # only those with few turns in so many tokens are
     qk_norm: bool = False  # an RMS norm per head on queries and keys
+    head_width: int | None = None  # width / heads if none
+    scale: float | None = None  # of the scores; head_width**-0.5 if none
+    bias: bool = False  # of queries, keys and values
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.head_width is None:
+            super().__post_init__()
+            object.__setattr__(self, "head_width", self.width // self.heads)
+        elif min(self.heads, self.head_width) < 1:
+            raise ConfigError(
+                f"heads={self.heads}, head_width={self.head_width}, wanted at least 1 of each."
+            )
         groups = self.heads if self.key_heads is None else self.key_heads
         if groups < 1 or self.heads % groups:
             raise ConfigError(
@@ -56,11 +78,21 @@ class AttentionConfig(HeadsConfig):
             raise ConfigError(
                 f"rope_base={self.rope_base}, wanted more than 0, or none for no positions."
             )
-        if self.rope_base is not None and self.head_width % 2:
+        if not 0 < self.rotary <= 1 or self.rope_factor <= 0:
             raise ConfigError(
-                f"width={self.width} and heads={self.heads} make heads of {self.head_width} channels, which "
-                "rotary positions cannot pair. Change the heads, or set rope_base=none."
+                f"rotary={self.rotary}, rope_factor={self.rope_factor}, wanted a share above 0 and at most 1, "
+                "and a factor above 0."
             )
+        if self.rope_base is not None and self.turning % 2:
+            raise ConfigError(
+                f"width={self.width} and heads={self.heads} make heads with {self.turning} channels that turn, "
+                "which rotary positions cannot pair. Change the heads, or set rope_base=none."
+            )
+
+    @property
+    def turning(self) -> int:
+        """Channels of each head that turn with the position."""
+        return int(self.rotary * (self.head_width or 0))
 
     @property
     def groups(self) -> int:
@@ -79,13 +111,15 @@ class AttentionMixer(Mixer):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        width, keys = config.width, config.groups * config.head_width
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, keys, bias=False)
-        self.value = nn.Linear(width, keys, bias=False)
+        width, bias = config.width, config.bias
+        queries, keys = (n * config.head_width for n in (config.heads, config.groups))
+        self.query = nn.Linear(width, queries, bias=bias)
+        self.key = nn.Linear(width, keys, bias=bias)
+        self.value = nn.Linear(width, keys, bias=bias)
         self.query_norm = RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
-        self.output = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(queries, width, bias=config.output_bias)
+        self.stretch = Stretch(config.rope_factor, config.rope_original)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
         c = self.config
@@ -125,12 +159,16 @@ class AttentionMixer(Mixer):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if c.rope_base is not None:
-            q, k = rotate(q, positions, c.rope_base), rotate(k, positions, c.rope_base)
+            q, k = (
+                rotate(x, positions, c.rope_base, channels=c.turning, stretch=self.stretch)
+                for x in (q, k)
+            )
         return q, k, v
 
     def _visibility(self) -> dict[str, Any]:
         c = self.config
-        return {} if c.window is None else {"window": c.window, "sinks": c.sinks}
+        window = {} if c.window is None else {"window": c.window, "sinks": c.sinks}
+        return {**window, "scale": c.scale}
 
     def _first_state(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> State:
         if cu_seqlens is None:
@@ -239,7 +277,7 @@ class AttentionMixer(Mixer):
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(
             ~visible, -torch.inf
         )
-        return attention(q, keys, values, bias=bias.unsqueeze(1))
+        return attention(q, keys, values, bias=bias.unsqueeze(1), scale=c.scale)
 
     def state_bytes(self, length: int) -> int:
         c = self.config

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from seqmix.core.config import Config
-from seqmix.core.cost import Cost, matmul_cost
+from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, num_bytes
+from seqmix.linears import linear_cost
 from seqmix.ops import OPERATORS, Case
 
 
@@ -56,6 +57,9 @@ class Mixer(nn.Module, ABC):
     config: Any  # an instance of `Config`
     operator: str | None = None  # of the class, or of an instance where its configuration decides
     causal: ClassVar[bool] = True
+    reads_prefix: ClassVar[bool] = (
+        False  # not causal in a first call, but causal when it goes on from one
+    )
     exceptions: ClassVar[Mapping[str, str]] = {}
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -108,8 +112,7 @@ class Mixer(nn.Module, ABC):
         """
         total = Cost(state_bytes=self.state_bytes(context + length))
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                total += matmul_cost(length, module.in_features, module.out_features)
+            total += linear_cost(module, length)
         if self.operator and (case := self.operator_case(length, context)):
             inner = OPERATORS.get(self.operator).cost(case)
             total += Cost(flops=inner.flops, bytes=inner.bytes)

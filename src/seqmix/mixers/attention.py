@@ -28,6 +28,8 @@ class Attention(AttentionMixer):
         "grouped": {"heads": 4, "key_heads": 2, "qk_norm": True},
         "window": {"window": 5, "sinks": 2},
         "no_positions": {"rope_base": None},
+        "long_texts": {"rope_factor": 2.0, "rope_original": 8, "rotary": 0.5},
+        "own_heads": {"head_width": 6, "scale": 0.5, "bias": True, "output_bias": True},
     }
 
 

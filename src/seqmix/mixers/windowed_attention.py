@@ -31,7 +31,7 @@ class WindowedAttention(AttentionMixer):
 
     Config = Config
     examples: ClassVar = {
-        "short": {"window": 6},
+        "short": {"window": 6, "rope_factor": 2.0, "rope_original": 8},
         "sinks": {"window": 4, "sinks": 3},
         "one_token": {"window": 1, "sinks": 1},
     }

@@ -1,6 +1,6 @@
 """The one backbone: blocks of a token mixer and a channel mixer, each with a norm and a residual.
 
-    x <- x + mixer(norm(x))        x <- x + channel(norm(x))
+    x <- x + mixer(norm(x))        x <- x + channel(norm(x))        or another order of norms, see `Block`
 
 Every model of the package is an embedding, this backbone and a head. What a block does with time is its
 mixer's business alone, so states and packed texts pass through here untouched.
@@ -8,9 +8,10 @@ mixer's business alone, so states and packed texts pass through here untouched.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,13 @@ from seqmix.core.config import Config
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.layers.norm import NORMS
+from seqmix.layers.positions import LearnedPositions
+from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
-from seqmix.models.layout import Entry, Part, parse_layout, parse_part
+from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
+
+RESIDUALS = ("pre", "parallel", "sandwich", "post")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class ModelSpec(Config):
 
     `layout` is read by `seqmix.models.layout`; with `depth` it repeats from its start until there are so
     many blocks. `heads` goes to every mixer that has heads, unless the layout says otherwise. `channel` is
-    the channel mixer of blocks that name none, or `none`.
+    the channel mixer of blocks that name none, or `none`. `Block` says what `residual` and `shortcuts` do.
     """
 
     layout: str = "attention"
@@ -42,14 +48,33 @@ class ModelSpec(Config):
     channel: str = "glu"
     vocabulary: int = 258
     tied: bool = True  # the output head shares the embedding's weights
+    norm: str = "rms"  # or "layer"
+    norm_eps: float = 1e-6
+    residual: str = "pre"
+    shortcuts: bool = False  # the residual stream passes a matrix around every mixer
+    positions: int | None = None  # learned positions, for texts of so many tokens; none without
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False  # a norm before the first block
+    replaced: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # layers that `seqmix.linears` has replaced
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}, wanted at least 1.")
-        if self.depth is not None and self.depth < 1:
+        for name in ("depth", "positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}, wanted at least 1, or none.")
+        for name, known in (("norm", tuple(NORMS)), ("residual", RESIDUALS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}, wanted one of {', '.join(known)}."
+                )
+        if self.shortcuts and self.residual != "pre":
             raise ConfigError(
-                f"depth={self.depth}, wanted at least 1, or none for the layout as written."
+                f"shortcuts=true goes with residual='pre', not with {self.residual!r}."
             )
 
     def entries(self) -> list[Entry]:
@@ -58,9 +83,20 @@ class ModelSpec(Config):
         depth = self.depth or len(written)
         return [written[i % len(written)] for i in range(depth)]
 
+    def with_entries(self, entries: Sequence[Entry]) -> ModelSpec:
+        """The same model with other blocks."""
+        return dataclasses.replace(self, layout=write_layout(entries), depth=None)
 
-def build_mixer(part: Part, spec: ModelSpec) -> Mixer:
-    """The mixer that a layout entry names, at the width of the specification."""
+
+def build_norm(spec: ModelSpec) -> nn.Module:
+    """A norm over the width of the specification."""
+    return NORMS[spec.norm](spec.width, eps=spec.norm_eps)
+
+
+def build_mixer(part: Part, spec: ModelSpec) -> Mixer | None:
+    """The mixer that a layout entry names, at the width of the specification; None for `none`."""
+    if part.name == "none":
+        return None
     mixer = MIXERS.get(part.name)
     options: dict[str, Any] = {"width": spec.width}
     if "heads" in mixer.Config.fields():
@@ -78,27 +114,58 @@ def build_channel(part: Part, spec: ModelSpec) -> Channel | None:
 
 
 class Block(nn.Module):
-    """One token mixer and, unless it is `none`, one channel mixer."""
+    """One token mixer and one channel mixer, either of which may be missing (`none`).
 
-    def __init__(self, mixer: Mixer, channel: Channel | None, width: int) -> None:
+        pre       x <- x + mixer(norm(x));           x <- x + channel(norm(x))
+        parallel  x <- x + mixer(norm(x)) + channel(norm'(x))
+        sandwich  x <- x + norm'(mixer(norm(x)));    x <- x + norm'(channel(norm(x)))
+        post      x <- norm(x + mixer(x));           x <- norm(x + channel(x))
+
+    With `shortcuts`, x + ... becomes S x + ... with a matrix S of its own for every mixer, which is how
+    a residual stream is turned or narrowed between them (Ashkboos et al. 2024, arXiv:2401.15024, section 3.2).
+    """
+
+    def __init__(self, mixer: Mixer | None, channel: Channel | None, spec: ModelSpec) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(width, eps=1e-6)
-        self.mixer = mixer
-        self.channel_norm = None if channel is None else nn.RMSNorm(width, eps=1e-6)
-        self.channel = channel
+        self.residual = spec.residual
+        for name, part in (("mixer", mixer), ("channel", channel)):
+            present, sandwich = part is not None, spec.residual == "sandwich"
+            setattr(self, f"{name}_norm", build_norm(spec) if present else None)
+            setattr(self, name, part)
+            setattr(self, f"{name}_last_norm", build_norm(spec) if present and sandwich else None)
+            shortcut = None
+            if present and spec.shortcuts:
+                shortcut = nn.Linear(spec.width, spec.width, bias=False)
+                shortcut.keeps_initialisation = True
+                nn.init.eye_(shortcut.weight)
+            setattr(self, f"{name}_shortcut", shortcut)
 
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
-        x = x + y
-        if self.channel is not None and self.channel_norm is not None:
-            x = x + self.channel(self.channel_norm(x))
+        given = x
+        if self.mixer is not None:
+            y = x if self.residual == "post" else self.mixer_norm(x)
+            y, state = self.mixer(y, state, cu_seqlens=cu_seqlens)
+            x = self._add("mixer", x, y)
+        if self.channel is not None:
+            y = given if self.residual == "parallel" else x
+            y = self.channel(y if self.residual == "post" else self.channel_norm(y))
+            x = self._add("channel", x, y)
         return x, state
+
+    def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, in the way of `residual`."""
+        shortcut, last = getattr(self, f"{name}_shortcut"), getattr(self, f"{name}_last_norm")
+        x = (x if shortcut is None else shortcut(x)) + (y if last is None else last(y))
+        return getattr(self, f"{name}_norm")(x) if self.residual == "post" else x
 
     def cost(self, length: int, *, context: int = 0) -> Cost:
         """Predicted cost of `length` tokens after `context` earlier ones."""
-        cost = self.mixer.cost(length, context=context)
+        cost = Cost() if self.mixer is None else self.mixer.cost(length, context=context)
+        for shortcut in (self.mixer_shortcut, self.channel_shortcut):
+            if shortcut is not None:
+                cost += linear_cost(shortcut, length)
         return cost if self.channel is None else cost + self.channel.cost(length)
 
 
@@ -119,14 +186,19 @@ class Backbone(nn.Module):
             Block(
                 build_mixer(entry.mixer, spec),
                 build_channel(entry.channel or default, spec),
-                spec.width,
+                spec,
             )
             for entry in spec.entries()
         )
-        self.norm = nn.RMSNorm(spec.width, eps=1e-6)
-        self._initialise()
+        self.scale = spec.embedding_scale
+        self.positions = (
+            None if spec.positions is None else LearnedPositions(spec.positions, spec.width)
+        )
+        self.embedding_norm = build_norm(spec) if spec.embedding_norm else None
+        self.norm = None if spec.residual == "post" else build_norm(spec)  # post has normed already
+        self.initialise()
 
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         """Linear weights are normal with deviation fan_in**-0.5; those that write to the residual stream
         (modules called `output`) are smaller by sqrt(2 * depth), so that its size does not grow with depth.
         A module with `keeps_initialisation` has set its own weights; biases start at zero.
@@ -143,9 +215,19 @@ class Backbone(nn.Module):
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """x [B, T, D] (or [1, total, D] with `cu_seqlens`) and a state per block, to features and states."""
-        states = [None] * len(self.blocks) if state is None else state
+        """x [B, T, D] (or [1, total, D] with `cu_seqlens`) and the state, to features and the state after x.
+
+        A state is a list with an entry per block, after one for learned positions where there are any.
+        """
+        states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
         after = []
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.positions is not None:
+            x, new = self.positions(x, states.pop(0), cu_seqlens=cu_seqlens)
+            after.append(new)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         for block, before in zip(self.blocks, states, strict=True):
             run = partial(block, cu_seqlens=cu_seqlens)
             if self.gradient_checkpointing and self.training:
@@ -153,15 +235,19 @@ class Backbone(nn.Module):
             else:
                 x, new = run(x, before)
             after.append(new)
-        return self.norm(x), after
+        return x if self.norm is None else self.norm(x), after
 
     def initial_state(self, batch: int, like: Tensor) -> State:
         """The state before the first token."""
-        return [block.mixer.initial_state(batch, like) for block in self.blocks]
+        first = [] if self.positions is None else [self.positions.initial_state(batch, like)]
+        mixers = [block.mixer for block in self.blocks]
+        return first + [None if m is None else m.initial_state(batch, like) for m in mixers]
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state per text after `length` tokens, in float32."""
-        return sum(block.mixer.state_bytes(length) for block in self.blocks)
+        counter = 0 if self.positions is None else 8
+        mixers = [block.mixer for block in self.blocks if block.mixer is not None]
+        return counter + sum(mixer.state_bytes(length) for mixer in mixers)
 
     def cost(self, length: int, *, context: int = 0) -> Cost:
         """Predicted cost of `length` tokens after `context` earlier ones, for one text in float32."""
@@ -181,6 +267,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         if spec.tied:
             self.head.weight = self.embedding.weight
+        replace_layers(self, spec.replaced)
 
     def forward(
         self, ids: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
@@ -198,9 +285,7 @@ class LanguageModel(nn.Module):
 
     def cost(self, length: int, *, context: int = 0) -> Cost:
         """Predicted cost of `length` tokens after `context` earlier ones, for one text in float32."""
-        head = 2.0 * length * self.spec.width * self.spec.vocabulary
-        moved = 4.0 * (self.head.weight.numel() + length * self.spec.vocabulary)
-        return self.backbone.cost(length, context=context) + Cost(flops=head, bytes=moved)
+        return self.backbone.cost(length, context=context) + linear_cost(self.head, length)
 
 
 @torch.no_grad()

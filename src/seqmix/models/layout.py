@@ -11,8 +11,9 @@ Examples: `mamba2`; `3x[gated_delta_net], attention`; `2x[3x[mamba2], attention(
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -57,6 +58,12 @@ def parse_layout(text: str) -> list[Entry]:
     if not reader.at_end():
         reader.fail("expected ',' or the end")
     return entries
+
+
+def write_layout(entries: Sequence[Entry]) -> str:
+    """A layout that parses to these blocks; equal neighbours are counted."""
+    runs = [(str(entry), len(list(run))) for entry, run in itertools.groupby(entries)]
+    return ", ".join(text if times == 1 else f"{times}x[{text}]" for text, times in runs)
 
 
 def parse_part(text: str) -> Part:
