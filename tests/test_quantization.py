@@ -108,9 +108,9 @@ def test_the_shared_table_stays_one_and_a_byte_per_weight_is_left():
 
 def test_the_layers_can_be_chosen():
     model = create("1x[attention]", width=32, vocabulary=50)
-    made, _ = quantized(model, "int8(layers='channel')")
+    made, _ = quantized(model, "int8(layers=channel)")
     assert type(made.model.embedding) is nn.Embedding
     assert type(made.model.backbone.blocks[0].channel.output) is Int8
     assert type(made.model.backbone.blocks[0].mixer.query) is nn.Linear
     with pytest.raises(ConfigError, match="no dense layer"):
-        quantized(made, "int8(layers='channel')")
+        quantized(made, "int8(layers=channel)")
