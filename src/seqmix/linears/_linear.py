@@ -40,6 +40,9 @@ class Replacement(nn.Module, ABC):
     def cost(self, length: int) -> Cost:
         """Predicted cost of `length` tokens."""
 
+    def attach(self, model: nn.Module) -> None:
+        """Called when the layer is put into its place, for layers that use another one of the model."""
+
     @property
     def kind(self) -> str:
         """The name of the file in this folder."""
@@ -61,6 +64,8 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Puts `layer` in the place called `path`, such as `backbone.blocks.0.mixer.query`."""
     owner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(owner), leaf, layer)
+    if isinstance(layer, Replacement):
+        layer.attach(model)
 
 
 def replace_layers(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> None:

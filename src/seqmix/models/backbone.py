@@ -278,7 +278,7 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> State:
         """The state of `batch` texts before their first token."""
-        return self.backbone.initial_state(batch, self.embedding.weight if like is None else like)
+        return self.backbone.initial_state(batch, next(self.parameters()) if like is None else like)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

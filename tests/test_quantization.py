@@ -1,0 +1,116 @@
+"""Weights of 8 bits: what rounding may change, what is saved, and that tokens stay apart."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from seqmix.compress import Work, parse_recipe
+from seqmix.core.errors import ConfigError
+from seqmix.core.numerics import relative_error
+from seqmix.linears.int8 import Int8
+from seqmix.linears.tied import Tied
+from seqmix.mixers import MIXERS
+from seqmix.models.hf import SeqmixForCausalLM, create
+
+CAUSAL = [name for name in MIXERS if MIXERS.get(name).causal]
+
+
+def quantized(model, recipe="int8"):
+    work = Work()
+    (step,) = parse_recipe(recipe)
+    return step.fit(model, None, work), work
+
+
+def bytes_of(model):
+    return sum(t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_the_product_is_that_of_the_rounded_weight(tokens, bias):
+    layer = Int8.of(nn.Linear(96, 40, bias=bias))
+    x = torch.randn(2, tokens, 96) * torch.logspace(-6, 6, 96)
+    wanted = layer.to_dense()(x)
+    assert layer(x).shape == wanted.shape
+    assert relative_error(layer(x), wanted) < 1e-3 or not tokens
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_no_weight_moves_by_more_than_half_a_step():
+    dense = nn.Linear(33, 20)
+    layer = Int8.of(dense)
+    moved = (layer.to_dense().weight - dense.weight).abs()
+    assert (moved <= 0.501 * layer.scale[:, None]).all()
+    assert layer.weight.abs().amax(1).eq(127).all()
+
+
+@torch.no_grad()
+def test_a_token_does_not_depend_on_others():
+    layer = Int8.of(nn.Linear(64, 24))
+    x = torch.randn(5, 64) * torch.tensor([1.0, 1e4, 0.0, 1e-4, 1.0])[:, None]
+    alone = torch.cat([layer(row[None]) for row in x])
+    torch.testing.assert_close(layer(x), alone, rtol=1e-6, atol=1e-30)
+
+
+def test_gradients_pass_to_the_input():
+    layer = Int8.of(nn.Linear(16, 8))
+    x = torch.randn(3, 16, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.to_dense().weight.sum(0).expand(3, 16))
+
+
+@torch.no_grad()
+def test_new_weights_are_packed_again():
+    first, second = (Int8.of(nn.Linear(16, 8)) for _ in range(2))
+    x = torch.randn(3, 16)
+    first(x)
+    copied = copy.deepcopy(first)
+    copied.load_state_dict(second.state_dict())
+    assert copied(x).equal(second(x))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_every_mixer_keeps_its_outputs(name, tmp_path):
+    model = create(f"2x[{name}/glu]", width=64, heads=4, vocabulary=100).eval()
+    made, _ = quantized(model)
+    ids = torch.randint(100, (2, 12))
+    before = copy.deepcopy(model.state_dict())
+    logits = made(ids).logits
+    assert relative_error(logits, model(ids).logits) < 0.1
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    kinds = {type(m) for m in made.modules()}
+    assert Int8 in kinds
+    assert Tied in kinds
+    assert nn.Linear not in kinds
+    made.save_pretrained(tmp_path)
+    again = SeqmixForCausalLM.from_pretrained(tmp_path).eval()
+    for key, value in made.state_dict().items():
+        assert again.state_dict()[key].equal(value)
+        assert again.state_dict()[key].dtype == value.dtype
+    assert again(ids).logits.equal(logits)
+
+
+@torch.no_grad()
+def test_the_shared_table_stays_one_and_a_byte_per_weight_is_left():
+    model = create("2x[attention]", width=64, vocabulary=1000).eval()
+    made, work = quantized(model)
+    assert bytes_of(made) < 0.3 * bytes_of(model) * 0.95
+    assert work.notes["layers"] == 2 * 7 + 2
+    assert not any(key.startswith("model.head") for key in made.state_dict())
+    generated = made.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6, do_sample=False)
+    full = made(generated).logits[0, 2:-1].argmax(-1)
+    assert generated[0, 3:].equal(full)
+
+
+def test_the_layers_can_be_chosen():
+    model = create("1x[attention]", width=32, vocabulary=50)
+    made, _ = quantized(model, "int8(layers=channel)")
+    assert type(made.model.embedding) is nn.Embedding
+    assert type(made.model.backbone.blocks[0].channel.output) is Int8
+    assert type(made.model.backbone.blocks[0].mixer.query) is nn.Linear
+    with pytest.raises(ConfigError, match="no dense layer"):
+        quantized(made, "int8(layers=channel)")
