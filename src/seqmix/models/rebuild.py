@@ -24,7 +24,7 @@ def rebuild(model: M, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> M:
     """
     config = copy.deepcopy(model.config)
     config.spec = spec.to_dict()
-    made = type(model)(config)
+    made = type(model)(config).to(model.dtype)  # before loading, which would round to float32
     wanted = made.state_dict()
     tied = set(getattr(made, "all_tied_weights_keys", None) or {})
     given = {name: tensor.detach() for name, tensor in tensors.items()}
