@@ -113,9 +113,7 @@ def lengths_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return Packing("positions", cu_seqlens, x).lengths.to(x.device)
 
 
-def positions_of(
-    x: Tensor, seen: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def positions_of(x: Tensor, seen: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """The place of every token of x in its text, [T] or [B, T], after `seen` [B] earlier ones."""
     places = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is None:
