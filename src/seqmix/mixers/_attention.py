@@ -14,13 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import Growing, State
-from seqmix.layers.norm import RMSNorm
-from seqmix.layers.positions import Stretch, rotate
-from seqmix.mixers._mixer import HeadsConfig, Mixer
+from seqmix.mixers._projection import ProjectionConfig, ProjectionMixer, positions_of
 from seqmix.ops import Case
 from seqmix.ops._packing import Packing
 from seqmix.ops.attention import attention
@@ -38,33 +36,13 @@ WHOLE_TEXT = (  # laws of `seqmix.testing` that do not hold where a text's later
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig(HeadsConfig):
-    key_heads: int | None = None  # as many as heads if none; fewer are shared by neighbouring heads
+class AttentionConfig(ProjectionConfig):
     window: int | None = None  # tokens that a token sees, itself included; all earlier ones if none
     sinks: int = 0  # first tokens of a text that stay visible beyond the window
-    rope_base: float | None = 10000.0  # none: no positions
-    rotary: float = 1.0  # share of a head's channels that turn
-    rope_factor: float = 1.0  # frequencies are divided by it; see `Stretch`
-    rope_original: int | None = None  # only those with few turns in so many tokens are
-    qk_norm: bool = False  # an RMS norm per head on queries and keys
-    head_width: int | None = None  # width / heads if none
     scale: float | None = None  # of the scores; head_width**-0.5 if none
-    bias: bool = False  # of queries, keys and values
-    output_bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.head_width is None:
-            super().__post_init__()
-            object.__setattr__(self, "head_width", self.width // self.heads)
-        elif min(self.heads, self.head_width) < 1:
-            raise ConfigError(
-                f"heads={self.heads}, head_width={self.head_width}, wanted at least 1 of each."
-            )
-        groups = self.heads if self.key_heads is None else self.key_heads
-        if groups < 1 or self.heads % groups:
-            raise ConfigError(
-                f"key_heads={groups} must divide heads={self.heads}. Change one of them, or leave out key_heads."
-            )
+        super().__post_init__()
         if self.window is not None and self.window < 1:
             raise ConfigError(
                 f"window={self.window}, wanted at least 1, or none to see everything."
@@ -74,29 +52,6 @@ class AttentionConfig(HeadsConfig):
                 f"sinks={self.sinks} with window={self.window}: sinks are first tokens (0 or more) that stay "
                 "visible beyond a window. Give a window, or leave out sinks."
             )
-        if self.rope_base is not None and self.rope_base <= 0:
-            raise ConfigError(
-                f"rope_base={self.rope_base}, wanted more than 0, or none for no positions."
-            )
-        if not 0 < self.rotary <= 1 or self.rope_factor <= 0:
-            raise ConfigError(
-                f"rotary={self.rotary}, rope_factor={self.rope_factor}, wanted a share above 0 and at most 1, "
-                "and a factor above 0."
-            )
-        if self.rope_base is not None and self.turning % 2:
-            raise ConfigError(
-                f"width={self.width} and heads={self.heads} make heads with {self.turning} channels that turn, "
-                "which rotary positions cannot pair. Change the heads, or set rope_base=none."
-            )
-
-    @property
-    def turning(self) -> int:
-        """Channels of each head that turn with the position."""
-        return int(self.rotary * (self.head_width or 0))
-
-    @property
-    def groups(self) -> int:
-        return self.key_heads or self.heads
 
     @property
     def kept(self) -> int | None:
@@ -104,22 +59,11 @@ class AttentionConfig(HeadsConfig):
         return None if self.window is None else self.window - 1 + self.sinks
 
 
-class AttentionMixer(Mixer):
+class AttentionMixer(ProjectionMixer):
     """q, k, v = W x per head, q and k rotated; y_t = W_o sum_j softmax_j(q_t . k_j / sqrt(K)) v_j."""
 
+    config: AttentionConfig
     operator = "attention"
-
-    def __init__(self, config: AttentionConfig) -> None:
-        super().__init__(config)
-        width, bias = config.width, config.bias
-        queries, keys = (n * config.head_width for n in (config.heads, config.groups))
-        self.query = nn.Linear(width, queries, bias=bias)
-        self.key = nn.Linear(width, keys, bias=bias)
-        self.value = nn.Linear(width, keys, bias=bias)
-        self.query_norm = RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
-        self.output = nn.Linear(queries, width, bias=config.output_bias)
-        self.stretch = Stretch(config.rope_factor, config.rope_original)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
         c = self.config
@@ -130,40 +74,28 @@ class AttentionMixer(Mixer):
     def operands(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[dict[str, Any], State]:
-        """For texts from their first token; later ones see the keys of the state, which `forward` puts before."""
-        length = x.shape[1]
-        positions = torch.arange(length, device=x.device)
-        if cu_seqlens is not None:
-            positions = Ragged.of(x, cu_seqlens).place.unsqueeze(0)
-        q, k, v = self._project(x, positions)
+        """For texts from their first token; later ones see the keys of the state, which `read` puts before."""
+        q, k, v = self.project(x)
+        q, k = self.turn(q, k, positions_of(x, None, cu_seqlens))
         return {"q": q, "k": k, "v": v, **self._visibility()}, None
 
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        if state is None:
-            arguments, _ = self.operands(x, None, cu_seqlens)
-            o = attention(**arguments, cu_seqlens=cu_seqlens)
-            after = self._first_state(arguments["k"], arguments["v"], cu_seqlens)
-        elif cu_seqlens is None:
-            o, after = self._continue(x, state)
-        else:
-            o, after = self._continue_ragged(x, state, Ragged.of(x, cu_seqlens))
+        o, after = self.read(*self.project(x), state, cu_seqlens)
         return self.output(o.flatten(-2)), after
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c = self.config
-        q = self.query(x).unflatten(-1, (c.heads, -1))
-        k = self.key(x).unflatten(-1, (c.groups, -1))
-        v = self.value(x).unflatten(-1, (c.groups, -1))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if c.rope_base is not None:
-            q, k = (
-                rotate(x, positions, c.rope_base, channels=c.turning, stretch=self.stretch)
-                for x in (q, k)
-            )
-        return q, k, v
+    def read(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """What the queries read, [B, T, H, K], and the state after them; q and k have not turned yet."""
+        if state is None:
+            q, k = self.turn(q, k, positions_of(q, None, cu_seqlens))
+            o = attention(q, k, v, **self._visibility(), cu_seqlens=cu_seqlens)
+            return o, self._first_state(k, v, cu_seqlens)
+        if cu_seqlens is None:
+            return self._continue(q, k, v, state)
+        return self._continue_ragged(q, k, v, state, Ragged.of(q, cu_seqlens))
 
     def _visibility(self) -> dict[str, Any]:
         c = self.config
@@ -218,10 +150,10 @@ class AttentionMixer(Mixer):
             return state["keys"].length - state["start"]
         return state["seen"]
 
-    def _continue(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """The same number of tokens for every row."""
         seen, start = self._seen(state), state["start"]
-        q, k, v = self._project(x, seen.unsqueeze(-1) + torch.arange(x.shape[1], device=x.device))
+        q, k = self.turn(q, k, positions_of(q, seen))
         if self.config.kept is None:
             keys, values = state["keys"].append(k), state["values"].append(v)
             all_keys, all_values = keys.tensor, values.tensor
@@ -231,25 +163,28 @@ class AttentionMixer(Mixer):
                 torch.cat([state["values"], v], dim=1),
             )
             all_keys, all_values = keys, values
-        seen = seen + x.shape[1]
+        seen = seen + q.shape[1]
         o = self._attend(q, all_keys, all_values, start, seen)
         return o, self._state(keys, values, start, seen)
 
-    def _continue_ragged(self, x: Tensor, state: State, texts: Ragged) -> tuple[Tensor, State]:
+    def _continue_ragged(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, texts: Ragged
+    ) -> tuple[Tensor, State]:
         """Packed texts that go on by different numbers of tokens: every row is aligned to the right again."""
         seen, start = self._seen(state), state["start"]
         positions = seen.index_select(0, texts.text) + texts.place
-        q, k, v = (texts.unpack(part) for part in self._project(x, positions.unsqueeze(0)))
+        q, k = self.turn(q, k, positions.unsqueeze(0))
+        q, k, v = (texts.unpack(part) for part in (q, k, v))
         before = state["keys"].length if self.config.kept is None else state["keys"].shape[1]
         held = before - start
         total = held + texts.lengths
         longest = int(total.max())
-        rank = torch.arange(longest, device=x.device) - (longest - total).unsqueeze(-1)  # [N, S]
+        rank = torch.arange(longest, device=q.device) - (longest - total).unsqueeze(-1)  # [N, S]
         held, start, padding = (
             n.unsqueeze(-1) for n in (held, start, texts.longest - texts.lengths)
         )
         source = torch.where(rank < held, start + rank, before + padding + rank - held).clamp_min(0)
-        rows = torch.arange(source.shape[0], device=x.device).unsqueeze(-1)
+        rows = torch.arange(source.shape[0], device=q.device).unsqueeze(-1)
         keys, values = (
             torch.cat([old.tensor if isinstance(old, Growing) else old, new], dim=1)[rows, source]
             for old, new in ((state["keys"], k), (state["values"], v))
