@@ -61,7 +61,7 @@ def test_generation(law, layout):
 
 class TestLawsCanFail:
     def test_pads(self, monkeypatch):
-        monkeypatch.setattr("seqmix.models.hf._new_columns", lambda *_: None)
+        monkeypatch.setattr("seqmix.models.hf.new_columns", lambda *_: None)
         with pytest.raises(AssertionError, match="pads"):
             laws.pads_change_nothing(HYBRID)
         with pytest.raises(AssertionError):
@@ -90,7 +90,7 @@ class TestLawsCanFail:
             laws.packed_loss_is_the_mean_over_texts(HYBRID)
 
     def test_special_parameters(self, monkeypatch):
-        monkeypatch.setattr("seqmix.models.hf.undecayed", lambda model: set())
+        monkeypatch.setattr("seqmix.models._hf_model.undecayed", lambda model: set())
         with pytest.raises(AssertionError, match="float32"):
             laws.bfloat16_keeps_special_parameters("2xmamba2")
 

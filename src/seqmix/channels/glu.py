@@ -27,7 +27,7 @@ class GatedLinearUnit(Channel):
     """Three matrices; the parameters of an MLP at 2/3 of its expansion."""
 
     Config = Config
-    examples: ClassVar = {"gelu": {"activation": "gelu"}, "sigmoid": {"activation": "sigmoid"}}
+    examples: ClassVar = {name: {"activation": name} for name in ("gelu", "relu", "sigmoid")}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

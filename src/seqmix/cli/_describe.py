@@ -19,6 +19,7 @@ KINDS = {  # kind -> where its catalog is
     "channels": ("seqmix.channels", "CHANNELS"),
     "operators": ("seqmix.ops", "OPERATORS"),
     "tasks": ("seqmix.tasks", "TASKS"),
+    "objectives": ("seqmix.objectives", "OBJECTIVES"),
     "claims": ("seqmix.claims", "CLAIMS"),
     "corpora": ("seqmix.data.text", "CORPORA"),
 }

@@ -25,6 +25,7 @@ def pages(docs: Path) -> dict[str, str]:
         "mixers.md": "\n".join(_mixers()),
         "channels.md": "\n".join(_channels()),
         "tasks.md": "\n".join(_tasks()),
+        "objectives.md": "\n".join(_objectives()),
         "claims.md": "\n".join(_claims(docs / "claims")),
         "speed.md": "\n".join(_speed(docs / "speed.json")),
     }
@@ -105,6 +106,15 @@ def _tasks() -> Iterator[str]:
         config = getattr(tasks.get(name), "Config", None)
         if config is not None:
             yield from _config(_describe.describe_config(config))
+
+
+def _objectives() -> Iterator[str]:
+    yield "# Objectives\n"
+    yield "What a model is trained to do with a text; `seqmix.train.objective` trains any model by them.\n"
+    objectives = _describe.catalog("objectives")
+    for name in objectives:
+        yield f"\n## {name}\n\n```text\n{_describe.docstring(objectives, name)}\n```\n"
+        yield from _config(_describe.describe_config(objectives.get(name).Config))
 
 
 def _claims(folder: Path) -> Iterator[str]:

@@ -36,6 +36,9 @@ def run(
     warmup: Annotated[float, typer.Option(help="Share of the run that warms up.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    parameters: Annotated[
+        str | None, typer.Option(help="Train only these: all, head, last or lora.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     seed: Seed = 0,
@@ -69,6 +72,7 @@ def run(
             warmup=warmup,
             weight_decay=weight_decay,
             precision=precision,
+            parameters=parameters,
             save_every=save_every,
             evaluate_every=evaluate_every,
             seed=seed,

@@ -24,7 +24,7 @@ class Replacement(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def empty(cls, dense: nn.Module, **options: Any) -> Self:
+    def empty(cls, dense: Any, **options: Any) -> Self:
         """A replacement for `dense` with the shapes that `options` give and any values, on any device (meta too)."""
 
     @property

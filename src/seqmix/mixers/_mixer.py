@@ -57,6 +57,9 @@ class Mixer(nn.Module, ABC):
     config: Any  # an instance of `Config`
     operator: str | None = None  # of the class, or of an instance where its configuration decides
     causal: ClassVar[bool] = True
+    reads_prefix: ClassVar[bool] = (
+        False  # not causal in a first call, but causal when it goes on from one
+    )
     exceptions: ClassVar[Mapping[str, str]] = {}
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

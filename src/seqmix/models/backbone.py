@@ -196,9 +196,9 @@ class Backbone(nn.Module):
         )
         self.embedding_norm = build_norm(spec) if spec.embedding_norm else None
         self.norm = None if spec.residual == "post" else build_norm(spec)  # post has normed already
-        self._initialise()
+        self.initialise()
 
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         """Linear weights are normal with deviation fan_in**-0.5; those that write to the residual stream
         (modules called `output`) are smaller by sqrt(2 * depth), so that its size does not grow with depth.
         A module with `keeps_initialisation` has set its own weights; biases start at zero.

@@ -1,8 +1,7 @@
 """Language models behind the interfaces of Hugging Face transformers.
 
 `save_pretrained`, `from_pretrained`, the Auto classes, `generate`, `Trainer` and PEFT work on every layout.
-Pads never reach a mixer: a padded batch is packed, so a text gives the same whether it is padded or not,
-and states have one row per text. Importing this module registers the classes with `AutoConfig` and
+Importing this module registers the classes with `AutoConfig` and
 `AutoModelForCausalLM`; `import seqmix` arranges that it is imported with transformers.
 
 Axes: B rows, T time, D width, N texts.
@@ -10,147 +9,40 @@ Axes: B rows, T time, D width, N texts.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from seqmix.core.errors import CheckpointError, ConfigError, DataError, ShapeError
+from seqmix.core.errors import ConfigError, DataError, ShapeError
 from seqmix.core.state import State, num_rows
 from seqmix.data.packing import IGNORED, cu_seqlens_from_segments
-from seqmix.mixers._mixer import undecayed
-from seqmix.models.backbone import LanguageModel, ModelSpec
+from seqmix.models._hf_model import SeqmixConfig, SeqmixModel, new_columns, read
+from seqmix.models.backbone import ModelSpec
 from seqmix.models.pretrained import load
 from seqmix.models.state_cache import StateCache
 
-__all__ = ["SeqmixConfig", "SeqmixForCausalLM", "StateCache", "create", "load"]
+__all__ = ["SeqmixConfig", "SeqmixForCausalLM", "SeqmixModel", "StateCache", "create", "load"]
 
 
-class SeqmixConfig(PreTrainedConfig):
-    """A `ModelSpec`, as a dict under `spec`, and the ids of the special tokens."""
-
-    model_type = "seqmix"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a list)
-
-    spec: dict[str, Any] | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.spec = ModelSpec.from_dict(self.spec or {}).to_dict()
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_spec(cls, spec: ModelSpec, **fields: Any) -> Self:
-        """The configuration of a model of this specification."""
-        return cls(spec=spec.to_dict(), **fields)
-
-    def to_spec(self) -> ModelSpec:
-        """The specification that is stored here."""
-        return ModelSpec.from_dict(self.spec or {})
-
-    # Names by which transformers and PEFT ask; the specification is the one place where they are kept.
-    @property
-    def vocab_size(self) -> int:
-        return self.to_spec().vocabulary
-
-    @vocab_size.setter
-    def vocab_size(self, value: int) -> None:
-        self.spec = dataclasses.replace(self.to_spec(), vocabulary=value).to_dict()
-
-    @property
-    def hidden_size(self) -> int:
-        return self.to_spec().width
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return len(self.to_spec().entries())
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.to_spec().heads
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return self.to_spec().tied
-
-
-class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
+class SeqmixForCausalLM(SeqmixModel, GenerationMixin):
     """A `LanguageModel` with the interfaces of transformers; `forward` describes the inputs."""
-
-    config_class = SeqmixConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
-    _no_split_modules = ["Block"]  # noqa: RUF012
 
     def __init__(self, config: SeqmixConfig) -> None:
         super().__init__(config)
-        spec = config.to_spec()
-        self.model = LanguageModel(spec)
-        for block, entry in zip(self.model.backbone.blocks, spec.entries(), strict=True):
-            if block.mixer is not None and not block.mixer.causal:
+        entries = config.to_spec().entries()
+        mixers = [block.mixer for block in self.model.backbone.blocks]
+        for mixer, entry in zip(mixers, entries, strict=True):
+            if mixer is not None and not (mixer.causal or mixer.reads_prefix):
                 raise ConfigError(
                     f"{entry.mixer.name} reads the future, so it cannot predict the next token. "
                     "Use a causal mixer in a language model."
                 )
-        self._keep_in_fp32_modules_strict = [f"{name}$" for name in sorted(undecayed(self))]
+        self._is_causal = all(mixer is None or mixer.causal for mixer in mixers)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: constructors have initialised, and a checkpoint with missing weights is refused."""
-
-    def _initialize_missing_keys(self, is_quantized: bool) -> None:
-        """Restores buffers that checkpoints leave out."""
-        left_out = [name for name, _ in self.named_non_persistent_buffers()]
-        if left_out:
-            with torch.device("cpu"):
-                fresh = type(self)(self.config)
-            for name in left_out:
-                owner, _, leaf = name.rpartition(".")
-                device = self.get_buffer(name).device
-                value = fresh.get_buffer(name).to(device)
-                self.get_submodule(owner).register_buffer(leaf, value, persistent=False)
-
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but raises `CheckpointError` unless every weight is there and fits."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, info[kind])):
-                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                raise CheckpointError(
-                    f"The weights in {folder} do not fit its config.json: {kind.replace('_', ' ')} "
-                    f"{shown}. Copy or download the folder again, or save the model again."
-                )
-        return (model, info) if wants_info else model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embedding = value
-        self.model.spec = dataclasses.replace(self.model.spec, vocabulary=value.num_embeddings)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.model.head = value
 
     def forward(
         self,
@@ -205,7 +97,7 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
         cache = self._cache(past_key_values)
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
-        mask = _new_columns(attention_mask, batch, length, cache.length)
+        mask = new_columns(attention_mask, batch, length, cache.length)
         if segments is not None:
             if cu_seqlens is not None or mask is not None or cache.state is not None:
                 raise ConfigError(
@@ -224,12 +116,17 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
         before = cache.state
-        features, state = self._features(x, before, mask, cu_seqlens)
+        features, state = read(self.model.backbone, x, before, mask, cu_seqlens)
         if use_cache or (use_cache is None and not self.training):
             cache.advance(state, length, lambda n: self._replay(x, before, mask, n))
         else:
             cache = None
         scored = labels is not None or shift_labels is not None
+        if scored and before is None and not self._is_causal:
+            raise ConfigError(
+                "labels: in a prefix every token sees the next one, so nothing is left to predict. Read the "
+                "prefix without labels, and give them with what follows it and its past_key_values."
+            )
         if not scored:
             features = _kept(features, logits_to_keep)
         logits = self.model.head(features)
@@ -247,27 +144,10 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
-    def _features(
-        self, x: Tensor, state: State, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, State]:
-        """Features [B, T, D]; the tokens that `mask` leaves are packed, and zeros stand for the others."""
-        shape = x.shape
-        if mask is not None:
-            cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-            tokens = mask.flatten().nonzero().flatten()
-            packed = x.flatten(0, 1)[tokens].unsqueeze(0)
-            features, state = self.model.backbone(packed, state, cu_seqlens=cu_seqlens)
-            spread = features.new_zeros(shape[0] * shape[1], features.shape[-1])
-            return spread.index_copy(0, tokens, features[0]).view(shape), state
-        if cu_seqlens is not None:
-            x = x.reshape(1, -1, shape[-1])
-        features, state = self.model.backbone(x, state, cu_seqlens=cu_seqlens)
-        return features.view(shape), state
-
     @torch.no_grad()
     def _replay(self, x: Tensor, before: State, mask: Tensor | None, columns: int) -> State:
         mask = None if mask is None else mask[:, :columns]
-        return self._features(x[:, :columns], before, mask, None)[1]
+        return read(self.model.backbone, x[:, :columns], before, mask, None)[1]
 
     def _cache(self, past: Any) -> StateCache:
         if past is None:
@@ -325,25 +205,6 @@ class SeqmixForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"].activate_past_recording()
 
 
-def _new_columns(mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
-    """The new tokens' part [B, T] of an attention mask, as bool; None where nothing is padded."""
-    if mask is None:
-        return None
-    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
-        raise ShapeError(
-            f"attention_mask has shape {list(mask.shape)}, wanted [{batch}, {length}]"
-            + (f" or [{batch}, {past + length}]." if past else ".")
-        )
-    mask = mask[:, -length:] != 0
-    if bool(mask.all()):
-        return None
-    if not bool(mask.any()):
-        raise ShapeError(
-            "attention_mask marks every token as padding. Give at least one real token."
-        )
-    return mask
-
-
 def _scored(
     labels: Tensor | None,
     shift_labels: Tensor | None,
@@ -379,8 +240,6 @@ AutoModelForCausalLM.register(SeqmixConfig, SeqmixForCausalLM)
 def create(spec: ModelSpec | str, **fields: Any) -> SeqmixForCausalLM:
     """A new model of a specification or layout, e.g. `create("3x[mamba2], attention", width=64)`.
 
-    `fields` are fields of `ModelSpec`, and `eos_token_id`, `pad_token_id`. Weights follow torch's seed.
+    `fields` are fields of `ModelSpec`, and ids such as `eos_token_id`. Weights follow torch's seed.
     """
-    tokens = {name: fields.pop(name) for name in ("eos_token_id", "pad_token_id") if name in fields}
-    values = (spec.to_dict() if isinstance(spec, ModelSpec) else {"layout": spec}) | fields
-    return SeqmixForCausalLM(SeqmixConfig.from_spec(ModelSpec.from_dict(values), **tokens))
+    return SeqmixForCausalLM.create(spec, **fields)

@@ -15,7 +15,8 @@ def register_with_transformers() -> None:
 
 def _import_models() -> None:
     try:
-        importlib.import_module("seqmix.models.hf")
+        for kind in ("hf", "encoder", "seq2seq"):
+            importlib.import_module(f"seqmix.models.{kind}")
     except ImportError as error:  # an old transformers must stay usable beside seqmix
         warnings.warn(
             f"transformers cannot load seqmix models here ({error}): pip install 'seqmix[train]'",

@@ -42,7 +42,7 @@ def build(layout: str, *, seed: int = 0, **fields: object) -> SeqmixForCausalLM:
         torch.manual_seed(seed)
         model = create(layout, **(SIZES | {"pad_token_id": PAD} | fields))
     with torch.no_grad():
-        model.model.backbone.norm.weight.fill_(8.0)
+        model.get_parameter("model.backbone.norm.weight").fill_(8.0)
     return model.eval()
 
 

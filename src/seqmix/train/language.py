@@ -23,6 +23,7 @@ from seqmix.ops import record_forms
 from seqmix.train.evaluation import HeldOut, backend_of, end_of_text, takes_segments
 from seqmix.train.folder import RunFolder
 from seqmix.train.loop import run
+from seqmix.train.parameters import merged, select_parameters
 from seqmix.train.plan import Plan, Record
 from seqmix.train.result import Trained
 
@@ -49,6 +50,7 @@ def train(
     seed: int = 0,
     precision: str = "float32",
     accumulate: int = 1,
+    parameters: str | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase = "bytes",
     evaluate_every: int | None = None,
     evaluation_tokens: int | None = 2**17,
@@ -70,6 +72,8 @@ def train(
         weight_decay: of matrices; AdamW with betas (0.9, 0.95), gradients clipped at norm 1.
         seed: of a new model's weights and of the order of the data.
         precision: `float32`, or `bfloat16` for autocast.
+        parameters: which are trained: `all`, `head`, `last`, `lora` or `prefix` (`seqmix.train.parameters`); by
+            default those of the model that require gradients. A low rank is merged into the weights at the end.
         tokenizer: of a new model: `bytes`, `bpe:4096` or a folder. A model to go on from keeps its own; for
             a model object, give its tokeniser.
         evaluate_every: steps between evaluations, which join the history as `validation_loss`.
@@ -87,6 +91,11 @@ def train(
     for name, value in (("batch", batch), ("tokens", tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}, wanted at least 1.")
+    if parameters == "prefix" and out is not None:
+        raise ConfigError(
+            "parameters='prefix' goes without `out`: a prefix is no part of a model's weights. Train without it, and "
+            "save with result.model.save_pretrained."
+        )
     tokens_per_step = batch * length * accumulate
     corpus = data if isinstance(data, Corpus) else read_text(data)
     plan = Plan(
@@ -107,6 +116,8 @@ def train(
     training, held_out = split_text(corpus, TRAINING_SHARE)
     with quiet():
         made, words = prepare(model, tokenizer, training, seed=seed)
+    if parameters is not None:
+        made = select_parameters(made, parameters, seed=seed)
     backend, eos = backend_of(words), end_of_text(words)
     packed = pack(encode(backend, training.documents), length, eos=eos)
     rest = HeldOut(
@@ -126,6 +137,7 @@ def train(
             "model": describe(model),
             "data": corpus.fingerprint,
             "tokenizer": str(tokenizer),
+            "parameters": parameters,
         }
         if not isinstance(tokenizer, str | Path):
             described["tokenizer"] = type(tokenizer).__name__
@@ -146,6 +158,8 @@ def train(
             folder=folder,
             observe=observe,
         )
+    if parameters == "lora":
+        made = merged(made)
     trained = Trained(
         model=made,
         tokenizer=words,

@@ -62,6 +62,7 @@ class Stream(IterableDataset[BATCH]):
 
 # Called with the record; its values join the history. True under "stop" ends the run.
 Observer = Callable[[Record], dict[str, float]]
+Loss = Callable[[Any, BATCH], Tensor]
 
 
 def run(
@@ -71,8 +72,10 @@ def run(
     *,
     folder: RunFolder | None = None,
     observe: Observer | None = None,
+    loss: Loss | None = None,
 ) -> Record:
-    """Trains `model` in place; `batch(i)` gives the inputs of the i-th forward pass.
+    """Trains `model` in place; `batch(i)` gives the inputs of the i-th forward pass, `loss(model, inputs)` their
+    loss, by default the model's own.
 
     With `folder`, continues from its newest checkpoint and saves there. Raises `NumericalError` (with the
     attribute `step`) for a loss that is not finite, `KeyboardInterrupt` after Ctrl-C, once what there is
@@ -87,7 +90,7 @@ def run(
             folder.scratch() if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         )
         stack.enter_context(quiet())
-        trainer = _Trainer(model, batch, plan, record, folder, scratch)
+        trainer = _Trainer(model, batch, plan, record, folder, scratch, loss)
         bar = stack.enter_context(ProgressBar(plan.steps, plan.seconds, shown=plan.progress))
         pace = _Pace(trainer, bar, observe)
         trainer.add_callback(pace)
@@ -134,6 +137,7 @@ class _Trainer(Trainer):
         record: Record,
         folder: RunFolder | None,
         scratch: Path,
+        loss: Loss | None,
     ) -> None:
         arguments = TrainingArguments(
             output_dir=str(scratch),
@@ -163,6 +167,7 @@ class _Trainer(Trainer):
         self.plan = plan
         self.record = record
         self.folder = folder
+        self.loss = loss
         self.stream = Stream(batch, start=record.steps * plan.accumulate)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -209,6 +214,19 @@ class _Trainer(Trainer):
             raise self._diverged(str(value))
         self.record.loss_sum += value
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: BATCH,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        value = self.loss(model, inputs)
+        # With a number of items the Trainer does not divide by the batches that it adds up.
+        return value if num_items_in_batch is None else value / self.plan.accumulate
 
     def _diverged(self, what: str) -> NumericalError:
         step = self.record.steps + 1
