@@ -55,9 +55,7 @@ def segment_attention(
 
     def record(mixer: Any) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            matrix = mixer.matrix(inputs[0])[
-                :, :, -response - 1 : -1, :context
-            ]  # [N, H, T, S * size]
+            matrix = mixer.matrix(inputs[0])[:, :, -response - 1 : -1, :context]  # [N, H, T, S * size]
             found.append(matrix.unflatten(-1, (segments, size)).sum(-1).mean((1, 2)))
 
         return hook
