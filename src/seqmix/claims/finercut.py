@@ -1,0 +1,224 @@
+"""FinerCut: single sublayers pruned without retraining keep more than whole blocks do (Zhang et al. 2024)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqmix.claims._claim import Claim, Finding, Run
+from seqmix.claims._timing import median_milliseconds
+from seqmix.models.backbone import ModelSpec
+
+SMOLLM2 = ModelSpec(
+    layout="30x[attention(heads=9, key_heads=3, head_width=64, rope_base=100000.0)/glu(hidden=1536)]",
+    width=576,
+    vocabulary=49152,
+    norm_eps=1e-5,
+)
+NAMES = {
+    "self_attn.q_proj": "mixer.query",
+    "self_attn.k_proj": "mixer.key",
+    "self_attn.v_proj": "mixer.value",
+    "self_attn.o_proj": "mixer.output",
+    "input_layernorm": "mixer_norm",
+    "post_attention_layernorm": "channel_norm",
+    "mlp.gate_proj": "channel.gate",
+    "mlp.up_proj": "channel.up",
+    "mlp.down_proj": "channel.output",
+    "model.layers": "model.backbone.blocks",
+    "model.norm": "model.backbone.norm",
+    "model.embed_tokens": "model.embedding",
+    "lm_head": "model.head",
+}
+RETAINED = 0.9  # of the quality, at a quarter of the sublayers removed: section 4 of the paper
+FASTER = 1.05
+
+
+def measure(run: Run) -> list[Finding]:
+    model, calibration, held_out = prepared(run)
+    results = {"whole": run.remember("whole", lambda: quality(model, held_out))}
+    texts = (model, calibration, held_out)
+    results["finercut"], removed = pruned(run, *texts, "finercut", run["remove"])
+    share = share_of_blocks(model, results["finercut"]["parameters"])
+    results["blocks"], gone = pruned(run, *texts, "blocks", share)
+    results["truncated SVD"] = run.remember(
+        "truncated SVD", lambda: factorised(run, model, calibration, held_out, results)
+    )
+    times = run.remember("prefill", lambda: prefill(model, removed, held_out))
+    return findings(run, results, removed, gone, times)
+
+
+def prepared(run: Run) -> tuple[Any, Any, Tensor]:
+    """The model, the calibration text, and held-out windows [N, T] of another part of the corpus."""
+    from seqmix.compress import Calibration
+    from seqmix.data.text import Corpus, read_text
+    from seqmix.models.hf import create, load
+
+    if run["model"] == "tiny":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = create("4x[attention]", width=32).eval()
+        text = torch.tensor(list(Path(__file__).read_bytes()[:2048]))
+        rows = text.view(-1, run["length"])
+        return model, Calibration(windows=rows[:2]), rows[-4:]
+    source, tokenizer = load(run["model"])
+    assert tokenizer is not None
+    model = create(SMOLLM2).eval()
+    tensors = {}
+    for name, tensor in source.state_dict().items():
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        tensors[name] = tensor
+    model.load_state_dict(tensors)
+    document = read_text(run["data"]).documents[0]
+    windows = [
+        Calibration.of(
+            Corpus("part", (part,)), tokenizer, length=run["length"], windows=run["windows"]
+        )
+        for part in (document[:100_000], document[-100_000:])
+    ]
+    return model, windows[0], windows[1].windows
+
+
+@torch.no_grad()
+def quality(model: Any, windows: Tensor) -> dict[str, float]:
+    """Loss in nats per token, the share of tokens that the most probable one hits, and the size."""
+    logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
+    labels = windows[:, 1:]
+    return {
+        "loss": float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())),
+        "accuracy": float((logits.argmax(-1) == labels).float().mean()),
+        "parameters": model.num_parameters(),
+    }
+
+
+def pruned(
+    run: Run, model: Any, calibration: Any, held_out: Tensor, name: str, share: float
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Quality after a transform has taken out `share`, and what went."""
+    from seqmix.compress import TRANSFORMS, Work
+
+    def measured() -> dict[str, Any]:
+        work = Work()
+        kind = TRANSFORMS.get(name)
+        options = {"remove": share, "tokens": run["tokens"], "shortlist": run["shortlist"]}
+        made = kind(**options).fit(model, calibration, work)
+        return {"quality": quality(made, held_out), "removed": work.notes["removed"]}
+
+    found = run.remember(name, measured)
+    return found["quality"], found["removed"]
+
+
+def share_of_blocks(model: Any, parameters: float) -> float:
+    """The largest share of the blocks that leaves no fewer than so many parameters."""
+    blocks = model.model.backbone.blocks
+    size = sum(p.numel() for p in blocks[0].parameters())
+    return float((model.num_parameters() - parameters) // size / len(blocks))
+
+
+def factorised(
+    run: Run, model: Any, calibration: Any, held_out: Tensor, results: dict[str, Any]
+) -> dict[str, float]:
+    """Every weight of the blocks at the rank that leaves as many parameters as FinerCut does."""
+    from seqmix.compress import TRANSFORMS, Work
+
+    inside = sum(p.numel() for n, p in model.model.backbone.named_parameters() if p.ndim == 2)
+    gone = results["whole"]["parameters"] - results["finercut"]["parameters"]
+    transform = TRANSFORMS.get("low_rank")(remove=gone / inside, whiten=False, tokens=run["length"])
+    return quality(transform.fit(model, calibration, Work()), held_out)
+
+
+def prefill(model: Any, removed: list[dict[str, Any]], held_out: Tensor) -> dict[str, float]:
+    from seqmix.compress._structure import cut
+
+    small = cut(model, {(row["block"], row["part"]): () for row in removed})
+    ids = held_out[:1]
+    with torch.no_grad():
+        return median_milliseconds(
+            {
+                "whole": lambda: model(input_ids=ids, use_cache=False),
+                "finercut": lambda: small(input_ids=ids, use_cache=False),
+            },
+            5,
+        )
+
+
+def findings(
+    run: Run,
+    results: dict[str, Any],
+    removed: list[dict[str, Any]],
+    gone: list[dict[str, Any]],
+    times: dict[str, float],
+) -> list[Finding]:
+    fine, coarse, svd = (results[name] for name in ("finercut", "blocks", "truncated SVD"))
+    retained = fine["accuracy"] / max(results["whole"]["accuracy"], 1e-9)
+    parts = Counter(row["part"] for row in removed)
+    speed = times["whole"] / times["finercut"]
+    depth = sum(row["block"] for row in removed) / max(1, len(removed))
+    middle = (run["blocks"] - 1) / 2
+    preferred = parts["mixer"] > parts["channel"] and depth > middle
+    return [
+        Finding(
+            "A quarter of the sublayers can go without retraining, and 90% of the quality stays.",
+            f"next-token accuracy on held-out text at least {RETAINED} of the whole model's",
+            {"results": results, "retained": retained},
+            "reproduced" if retained >= RETAINED else "not reproduced",
+        ),
+        Finding(
+            "Single sublayers keep more than whole blocks at equal size.",
+            "a lower held-out loss than after removing whole blocks from a model that is left no smaller",
+            {"loss": {"finercut": fine["loss"], "blocks": coarse["loss"]}, "blocks removed": gone},
+            "reproduced" if fine["loss"] < coarse["loss"] else "not reproduced",
+        ),
+        Finding(
+            "Single sublayers keep more than truncated SVDs of all weights at equal size.",
+            "a lower held-out loss than with every weight at the rank that leaves as many parameters",
+            {"loss": {"finercut": fine["loss"], "truncated SVD": svd["loss"]}},
+            "reproduced" if fine["loss"] < svd["loss"] else "not reproduced",
+        ),
+        Finding(
+            "The pruned model runs faster.",
+            f"at least {FASTER} times the tokens per second of the whole one at prefill",
+            {"milliseconds": times, "times as fast": speed},
+            "reproduced" if speed >= FASTER else "not reproduced",
+        ),
+        Finding(
+            "Attention goes rather than channel mixers, and mostly in deeper blocks.",
+            "more than half of what went are mixers, and its mean block number is above the middle",
+            {"parts": dict(parts), "mean block": depth, "middle": middle, "removed": removed},
+            "reproduced" if preferred else "not reproduced",
+        ),
+    ]
+
+
+CLAIM = Claim(
+    title="FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models",
+    paper="arXiv:2405.18218",
+    claimed="pruning single attention and feed-forward layers by the change of the output keeps 90% of the quality "
+    "at 25% removed, more than pruning whole blocks, and takes attention in deeper blocks first",
+    where="sections 3 and 4",
+    measure=measure,
+    quick={
+        "model": "tiny",
+        "blocks": 4,
+        "length": 64,
+        "tokens": 64,
+        "shortlist": None,
+        "remove": 0.25,
+    },
+    full={
+        "model": "smollm2-135m",
+        "blocks": 30,
+        "data": "austen",
+        "length": 64,
+        "windows": 16,
+        "tokens": 64,
+        "shortlist": 12,
+        "remove": 0.25,
+    },
+)

@@ -1,0 +1,56 @@
+"""Whole blocks go, those first whose removal changes the output distribution least: the coarse form of `finercut`.
+
+Men et al. 2024 (ShortGPT, arXiv:2403.03853) and others remove whole blocks; chosen here by the measure of `finercut`,
+so that the two differ in what may go alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seqmix.compress._greedy import remove_greedily
+from seqmix.compress._structure import Place, cut, sublayers
+from seqmix.compress._transform import Calibration, Needs, Transform, Work
+from seqmix.compress.finercut import check, greedy_needs
+from seqmix.models.hf import SeqmixForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(Transform):
+    remove: float = 0.25  # share of the blocks
+    tokens: int = 256  # of the calibration text
+    shortlist: int | None = None  # candidates tried from the second step on; all if none
+
+    def __post_init__(self) -> None:
+        check("blocks", self.remove, self.tokens, self.shortlist)
+
+    def fit(self, model: SeqmixForCausalLM, data: Calibration, work: Work) -> SeqmixForCausalLM:
+        blocks = whole_blocks(model)
+        gone = remove_greedily(
+            model,
+            blocks,
+            round(self.remove * len(blocks)),
+            data.first(self.tokens).to(model.device),
+            work,
+            shortlist=self.shortlist,
+        )
+        work.notes["removed"] = [
+            {"block": places[0][0], "change": change} for places, change in gone
+        ]
+        return cut(model, {place: () for places, _ in gone for place in places})
+
+    def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
+        return greedy_needs(
+            model, len(whole_blocks(model)), self.remove, self.tokens, self.shortlist
+        )
+
+
+def whole_blocks(model: SeqmixForCausalLM) -> list[list[Place]]:
+    """The sublayers of every block that still has some."""
+    found: dict[int, list[Place]] = {}
+    for place in sublayers(model):
+        found.setdefault(place[0], []).append(place)
+    return list(found.values())
+
+
+TRANSFORM = Blocks

@@ -1,0 +1,225 @@
+"""Pruning: what goes is gone, and the rest computes what it did."""
+
+import pytest
+import torch
+
+from seqmix.compress import TRANSFORMS, Calibration, Work
+from seqmix.compress._structure import (
+    cut,
+    flops_per_unit,
+    masked,
+    parameters_per_unit,
+    sublayer,
+    sublayers,
+    units_of,
+    without,
+)
+from seqmix.core.errors import ConfigError
+from seqmix.models.hf import SeqmixForCausalLM, create
+
+LAYOUTS = {
+    "attention": "2x[attention(heads=4, key_heads=2, bias=true)/glu(hidden=24)]",
+    "mamba": "2x[mamba/mlp(hidden=16, bias=true)]",
+    "mamba2": "2x[mamba2/squared_relu(hidden=16)]",
+    "hybrid": "gated_delta_net/glu(hidden=16), attention/glu(hidden=16)",
+    "experts": "2x[attention/mixture_of_experts(experts=6, active=2, hidden=12)]",
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def model(request):
+    return small(LAYOUTS[request.param])
+
+
+def small(layout):
+    return create(layout, width=32, vocabulary=50).eval()
+
+
+def text(rows=2, length=12):
+    return Calibration(windows=torch.randint(0, 50, (rows, length)))
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def close(got, wanted, tolerance=1e-5):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def some(count, share=0.5):
+    return sorted(torch.randperm(count)[: max(2, int(count * share))].tolist())
+
+
+def test_keeping_everything_changes_nothing(model):
+    ids = text().windows
+    kept = {place: range(units.count) for place, units in units_of(model).items()}
+    close(logits(cut(model, kept), ids), logits(model, ids))
+
+
+def test_a_cut_model_equals_the_masked_one_and_is_as_much_smaller_as_promised(model):
+    ids = text().windows
+    units = units_of(model)
+    kept = {p: some(u.count) for p, u in units.items() if u.entrances}
+    masks = {
+        p: torch.zeros(units[p].count).index_fill(0, torch.tensor(k), 1) for p, k in kept.items()
+    }
+    with masked(model, masks):
+        wanted = logits(model, ids)
+    pruned = cut(model, kept)
+    close(logits(pruned, ids), wanted, 1e-3)
+    assert not torch.allclose(wanted, logits(model, ids), atol=1e-3)
+    gone = sum(
+        parameters_per_unit(sublayer(model, p), units[p]) * (units[p].count - len(k))
+        for p, k in kept.items()
+    )
+    assert model.num_parameters() - pruned.num_parameters() == gone
+    saved = sum(
+        flops_per_unit(model, p, units[p], 64) * (units[p].count - len(k)) for p, k in kept.items()
+    )
+    flops = model.model.cost(64).flops - pruned.model.cost(64).flops
+    assert flops == pytest.approx(saved, rel=1e-6)
+
+
+def test_experts_that_no_token_takes_can_go():
+    model = small(LAYOUTS["experts"])
+    ids = text().windows
+    for block in model.model.backbone.blocks:
+        block.channel.balance[[1, 4]] = -10.0  # the choice never falls on them
+    kept = {(number, "channel"): [0, 2, 3, 5] for number in range(2)}
+    pruned = cut(model, kept)
+    close(logits(pruned, ids), logits(model, ids))
+    assert len(pruned.model.backbone.blocks[0].channel.experts) == 4
+    with pytest.raises(ConfigError, match="every token takes 2"):
+        cut(model, {(0, "channel"): [3]})
+
+
+def test_channels_of_the_residual_stream_that_are_zero_can_go():
+    model = small("attention(heads=4, key_heads=2), mamba/mlp, mamba2/squared_relu")
+    channels = sorted(set(range(32)) - {3, 17, 30})
+    zero = [3, 17, 30]
+    with torch.no_grad():
+        model.model.embedding.weight[:, zero] = 0
+        for place in sublayers(model):
+            sublayer(model, place).output.weight[zero] = 0
+    ids = text().windows
+    pruned = cut(model, {}, channels=channels)
+    assert pruned.config.hidden_size == 29
+    close(logits(pruned, ids), logits(model, ids), 1e-4)
+
+
+def test_a_removed_sublayer_is_gone_and_the_model_saves_and_loads(model, tmp_path):
+    ids = text().windows
+    place = (1, "mixer")
+    before = logits(model, ids)
+    with without(model, [place]):
+        wanted = logits(model, ids)
+    pruned = cut(model, {place: ()})
+    close(logits(pruned, ids), wanted)
+    assert not any("blocks.1.mixer" in name for name in pruned.state_dict())
+    pruned.save_pretrained(tmp_path)
+    close(logits(SeqmixForCausalLM.from_pretrained(tmp_path), ids), wanted)
+    close(logits(model, ids), before)
+
+
+def test_what_has_no_units_is_refused():
+    model = small("linear_attention")
+    with pytest.raises(ConfigError, match="has no heads"):
+        cut(model, {(0, "mixer"): [0]})
+    sliced = create("attention", width=32, vocabulary=50, shortcuts=True)
+    with pytest.raises(ConfigError, match="Prune before slicing"):
+        cut(sliced, {(0, "mixer"): ()})
+
+
+@pytest.mark.parametrize(
+    "layout", ["3x[attention]", "3x[linear_attention]", "mamba, 2x[attention]"]
+)
+def test_finercut_takes_useless_sublayers_first(layout):
+    model = small(layout)
+    useless = [(0, "channel"), (2, "mixer")]
+    with torch.no_grad():
+        for place in useless:
+            sublayer(model, place).output.weight.zero_()
+    work = Work()
+    data = text()
+    pruned = TRANSFORMS.get("finercut")(remove=1 / 3, tokens=24).fit(model, data, work)
+    assert {(r["block"], r["part"]) for r in work.notes["removed"]} == set(useless)
+    close(logits(pruned, data.windows), logits(model, data.windows))
+    assert len(sublayers(pruned)) == 4
+    assert len(sublayers(model)) == 6
+
+
+def test_finercut_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    import seqmix.compress._greedy as greedy
+
+    model, data = small("3x[attention]"), text()
+    transform = TRANSFORMS.get("finercut")(remove=0.5)
+    whole = Work()
+    transform.fit(model, data, whole)
+    calls = []
+    measure = greedy._changes
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(greedy, "_changes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        transform.fit(model, data, Work(folder=tmp_path))
+    work = Work(folder=tmp_path)
+    transform.fit(model, data, work)
+    assert work.notes == whole.notes
+    assert len(calls) == 4  # two, and then steps two and three
+
+
+def test_blocks_takes_the_useless_block():
+    model = small("3x[attention]")
+    with torch.no_grad():
+        for part in ("mixer", "channel"):
+            sublayer(model, (1, part)).output.weight.zero_()
+    work = Work()
+    pruned = TRANSFORMS.get("blocks")(remove=0.34).fit(model, text(), work)
+    assert [r["block"] for r in work.notes["removed"]] == [1]
+    assert sublayers(pruned) == [(0, "mixer"), (0, "channel"), (2, "mixer"), (2, "channel")]
+
+
+def test_magnitude_takes_the_smallest_units(model):
+    planted = {}
+    with torch.no_grad():
+        for place, units in units_of(model).items():
+            planted[place] = units.count - 1
+            module = sublayer(model, place)
+            if units.experts:
+                for weight in module.experts[-1].parameters():
+                    weight.mul_(0.01)
+            for name, (dimension, sections) in units.axes.items():
+                tensor = dict(module.named_parameters()).get(name)
+                if tensor is not None and tensor.ndim > 1 and len(sections) == 1:
+                    size = sections[0].rows
+                    tensor.narrow(dimension, tensor.shape[dimension] - size, size).mul_(0.01)
+    units = units_of(model)
+    least = max(
+        parameters_per_unit(sublayer(model, p), u)
+        / sum(parameters_per_unit(sublayer(model, q), v) * v.count for q, v in units.items())
+        for p, u in units.items()
+    )
+    work = Work()
+    pruned = TRANSFORMS.get("magnitude")(remove=0.3).fit(model, text(), work)
+    whole = sum(parameters_per_unit(sublayer(model, p), u) * u.count for p, u in units.items())
+    gone = model.num_parameters() - pruned.num_parameters()
+    assert 0.3 <= gone / whole <= 0.3 + least + 0.05
+
+
+def test_magnitude_leaves_out_a_planted_neuron():
+    model = small("attention(heads=4)/mlp(hidden=16)")
+    channel = sublayer(model, (0, "channel"))
+    with torch.no_grad():
+        channel.up.weight[5] = 0
+        channel.output.weight[:, 5] = 0
+    pruned = TRANSFORMS.get("magnitude")(remove=0.001).fit(model, text(), Work())
+    ids = text().windows
+    close(logits(pruned, ids), logits(model, ids))
+    assert sublayer(pruned, (0, "channel")).config.hidden == 15
