@@ -1,4 +1,4 @@
-"""Slicing: a turn of the residual stream changes nothing, a cut changes the width, and what cannot be turned says so."""
+"""Slicing: a turn of the stream changes nothing, a cut changes the width, and what cannot be turned says so."""
 
 import copy
 
@@ -118,5 +118,9 @@ def test_a_mixer_that_cannot_keep_its_inner_width_says_so():
 
 
 def test_widths_are_multiples_of_eight_where_they_can_be():
-    assert [sliced_width(576, 0.25), sliced_width(576, 0.0), sliced_width(30, 0.0)] == [432, 576, 30]
+    assert [sliced_width(576, 0.25), sliced_width(576, 0.0), sliced_width(30, 0.0)] == [
+        432,
+        576,
+        30,
+    ]
     assert sliced_width(100, 0.25) == 72

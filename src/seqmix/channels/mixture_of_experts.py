@@ -58,6 +58,7 @@ class MixtureOfExperts(Channel):
         super().__init__(config)
         width, hidden = config.width, config.hidden
         self.router = nn.Linear(width, config.experts, bias=False)
+        self.router.only_read = True  # widened before the product
         self.register_buffer("balance", torch.zeros(config.experts, dtype=torch.float32))
         self.experts = nn.ModuleList(
             GatedLinearUnit(ExpertConfig(width=width, hidden=hidden)) for _ in range(config.experts)

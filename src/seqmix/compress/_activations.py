@@ -36,20 +36,30 @@ def through(block: Block, x: Tensor) -> Tensor:
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every dense linear layer with its place in `module`; what a replacement is made of is left out."""
+    """Every dense linear layer with its place in `module`.
+
+    What a replacement is made of is left out, and layers marked `only_read`: their weights are read elsewhere, so that
+    nothing else can stand in their places.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            yield name, child
+            if not getattr(child, "only_read", False):
+                yield name, child
         elif not isinstance(child, Replacement):
             yield from ((f"{name}.{inner}", layer) for inner, layer in linear_layers(child))
 
 
 @contextmanager
-def watched(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watched(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], object]
+) -> Iterator[None]:
     """Inside the block, every call of a layer first gives its name and its input to `see`."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: see(name, inputs[0])
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            see(name, inputs[0])
+
+        return before
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:

@@ -9,6 +9,7 @@ so that a candidate costs only the blocks from its own on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,12 +47,10 @@ def remove_greedily(
             order = sorted(latest, key=latest.__getitem__)
             tried = order[:shortlist] if step and shortlist else order
             removed = [place for places, _ in gone for place in places]
-            changes = work.remember(
-                f"step {step}",
-                lambda tried=tried, removed=removed: _changes(
-                    inside, model, [(i, candidates[i]) for i in tried], removed, ids, target
-                ),
+            measure = partial(
+                _changes, inside, model, [(i, candidates[i]) for i in tried], removed, ids, target
             )
+            changes = work.remember(f"step {step}", measure)
             latest |= {int(i): change for i, change in changes}
             best = min((int(i) for i, _ in changes), key=lambda i: latest[i])
             gone.append((candidates[best], latest.pop(best)))

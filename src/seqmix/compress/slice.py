@@ -18,6 +18,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,9 +181,7 @@ def _centered(rows: Tensor) -> Tensor:
     return rows - rows.mean(0, keepdim=True)
 
 
-def _fold(
-    stored: dict[str, Tensor], place: str, layer: nn.Module, norm: nn.Module, basis: Tensor
-) -> None:
+def _fold(stored: dict[str, Tensor], place: str, layer: Any, norm: Any, basis: Tensor) -> None:
     """Puts the norm before a layer, and the turn of its input, into the layer."""
     weight = layer.weight
     stored[f"{place}.weight"] = (weight * norm.weight) @ basis

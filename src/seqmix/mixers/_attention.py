@@ -223,9 +223,10 @@ class AttentionMixer(ProjectionMixer):
     def operator_case(self, tokens: int, context: int) -> Case:
         c = self.config
         keys = tokens + (context if c.kept is None else min(context, c.kept))
-        sizes = {"B": 1, "T": tokens, "S": keys, "H": c.heads, "G": c.groups}
+        sizes: dict[str, Any] = {"B": 1, "T": tokens, "S": keys, "H": c.heads, "G": c.groups}
         window = None if c.window is None else c.window + c.sinks
-        return Case("mixer", {**sizes, "K": c.head_width, "V": c.head_width}, {"window": window})
+        sizes |= {"K": c.head_width, "V": c.head_width}
+        return Case("mixer", sizes, {"window": window})
 
 
 class Ragged:

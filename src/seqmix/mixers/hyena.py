@@ -63,6 +63,8 @@ class Hyena(Mixer):
         self.kernel_input = nn.Linear(1 + 2 * config.bands, hidden)
         self.kernel_hidden = nn.Linear(hidden, hidden)
         self.kernel_output = nn.Linear(hidden, width, bias=False)
+        for layer in (self.kernel_input, self.kernel_hidden, self.kernel_output):
+            layer.only_read = True  # `kernel` reads their weights
         self.frequency = nn.Parameter(torch.full((hidden,), 10.0))
         self.D = nn.Parameter(torch.randn(width))
         self.output = nn.Linear(width, width, bias=False)
