@@ -12,29 +12,7 @@ from torch import Tensor
 
 from seqmix.claims._claim import Claim, Finding, Run
 from seqmix.claims._timing import median_milliseconds
-from seqmix.models.backbone import ModelSpec
 
-SMOLLM2 = ModelSpec(
-    layout="30x[attention(heads=9, key_heads=3, head_width=64, rope_base=100000.0)/glu(hidden=1536)]",
-    width=576,
-    vocabulary=49152,
-    norm_eps=1e-5,
-)
-NAMES = {
-    "self_attn.q_proj": "mixer.query",
-    "self_attn.k_proj": "mixer.key",
-    "self_attn.v_proj": "mixer.value",
-    "self_attn.o_proj": "mixer.output",
-    "input_layernorm": "mixer_norm",
-    "post_attention_layernorm": "channel_norm",
-    "mlp.gate_proj": "channel.gate",
-    "mlp.up_proj": "channel.up",
-    "mlp.down_proj": "channel.output",
-    "model.layers": "model.backbone.blocks",
-    "model.norm": "model.backbone.norm",
-    "model.embed_tokens": "model.embedding",
-    "lm_head": "model.head",
-}
 RETAINED = 0.9  # of the quality, at a quarter of the sublayers removed: section 4 of the paper
 FASTER = 1.05
 
@@ -56,6 +34,7 @@ def measure(run: Run) -> list[Finding]:
 def prepared(run: Run) -> tuple[Any, Any, Tensor]:
     """The model, the calibration text, and held-out windows [N, T] of another part of the corpus."""
     from seqmix.compress import Calibration
+    from seqmix.convert.hub import to_seqmix
     from seqmix.data.text import Corpus, read_text
     from seqmix.models.hf import create, load
 
@@ -68,13 +47,7 @@ def prepared(run: Run) -> tuple[Any, Any, Tensor]:
         return model, Calibration(windows=rows[:2]), rows[-4:]
     source, tokenizer = load(run["model"])
     assert tokenizer is not None
-    model = create(SMOLLM2).eval()
-    tensors = {}
-    for name, tensor in source.state_dict().items():
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        tensors[name] = tensor
-    model.load_state_dict(tensors)
+    model = to_seqmix(source)
     document = read_text(run["data"]).documents[0]
     windows = [
         Calibration.of(
@@ -214,11 +187,11 @@ CLAIM = Claim(
     full={
         "model": "smollm2-135m",
         "blocks": 30,
-        "data": "austen",
-        "length": 64,
+        "data": "shakespeare",
+        "length": 128,
         "windows": 16,
-        "tokens": 64,
-        "shortlist": 12,
+        "tokens": 256,
+        "shortlist": None,
         "remove": 0.25,
     },
 )
