@@ -390,7 +390,8 @@ def _cut_channels(
     """
     entries = spec.entries()
     missing = [p for p in _present(spec) if p not in units]
-    if spec.norm != "rms" or spec.shortcuts or spec.replaced or missing:
+    norms = {spec.norm, spec.last_norm or spec.norm}
+    if norms != {"rms"} or spec.shortcuts or spec.replaced or missing:
         raise ConfigError(
             "channels: the residual stream can be narrowed in models with RMS norms, without shortcuts and replaced "
             f"layers, of {', '.join(KINDS)}. Use slice for others."
