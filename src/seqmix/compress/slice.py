@@ -210,6 +210,11 @@ def _check(spec: ModelSpec) -> None:
         raise ConfigError(
             "slice: some layers of this model are replaced. Slice first: `slice:... | then the others`."
         )
+    if spec.norm not in ("rms", "layer") or spec.last_norm not in (None, spec.norm):
+        raise ConfigError(
+            f"slice: norm={spec.norm!r}, last_norm={spec.last_norm!r}: only what rms and layer norms do stays the same "
+            "when a stream is turned. Use another transform."
+        )
     if spec.norm == "layer" and spec.shortcuts:
         raise ConfigError("slice: norm='layer' with shortcuts cannot be turned. Use RMS norms.")
 

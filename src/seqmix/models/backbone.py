@@ -51,7 +51,8 @@ class ModelSpec(Config):
     vocabulary: int = 258
     tied: bool = True  # the output head shares the embedding's weights
     head: str = "linear"  # or "transformed", with a layer before it and a bias
-    norm: str = "rms"  # or "layer"
+    norm: str = "rms"  # or "layer", "progressive_batch", "affine", "none"
+    last_norm: str | None = None  # the one before the head, where it is another
     norm_eps: float = 1e-6
     residual: str = "pre"
     shortcuts: bool = False  # the residual stream passes a matrix around every mixer
@@ -70,11 +71,16 @@ class ModelSpec(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}, wanted at least 1, or none.")
-        choices = (("norm", tuple(NORMS)), ("residual", RESIDUALS), ("head", HEADS))
-        for name, known in choices:
+        choices = {
+            "norm": tuple(NORMS),
+            "last_norm": (None, *NORMS),
+            "residual": RESIDUALS,
+            "head": HEADS,
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r}, wanted one of {', '.join(known)}."
+                    f"{name}={getattr(self, name)!r}, wanted one of {', '.join(map(str, known))}."
                 )
         if self.shortcuts and self.residual != "pre":
             raise ConfigError(
@@ -199,7 +205,8 @@ class Backbone(nn.Module):
             None if spec.positions is None else LearnedPositions(spec.positions, spec.width)
         )
         self.embedding_norm = build_norm(spec) if spec.embedding_norm else None
-        self.norm = None if spec.residual == "post" else build_norm(spec)  # post has normed already
+        last = dataclasses.replace(spec, norm=spec.last_norm or spec.norm)
+        self.norm = None if spec.residual == "post" else build_norm(last)  # post has normed already
         self.initialise()
 
     def initialise(self) -> None:
