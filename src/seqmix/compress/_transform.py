@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from rich.console import Console
@@ -129,7 +129,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Transform(Config, ABC):
-    """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first."""
+    """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first.
+
+    `quick` are options under which the laws of `seqmix.testing` try it on small models. `grows` says why a model may
+    take more room afterwards, where it may.
+    """
+
+    quick: ClassVar[Mapping[str, Any]] = {}
+    grows: ClassVar[str | None] = None
 
     @abstractmethod
     def fit(self, model: SeqmixForCausalLM, data: Calibration, work: Work) -> SeqmixForCausalLM:

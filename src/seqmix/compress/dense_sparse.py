@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ RIDGE = 1e-6  # which makes least squares with unused or equal atoms solvable
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSparse(Transform):
+    quick: ClassVar = {"steps": 2, "batch": 1}
+
     remove: float = 0.5  # share of the bytes of the factorised weights
     height: int = 16  # rows of a block; there are at most twice as many atoms
     steps: int = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ MEASURED = 4  # at most so many windows, which no mixer learns from, measure the
 
 @dataclass(frozen=True, kw_only=True)
 class Linearize(Transform):
+    quick: ClassVar = {"transfer_tokens": 128, "damage_tokens": 32}
+
     to: str = "liger"  # a causal mixer, such as mamba2 or liger(window=32)
     keep: float | str = (
         0.25  # share of the attention layers that stay, or their blocks: 0+9+29, or 9+

@@ -18,7 +18,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ PARTS = ("mixer", "channel")
 
 @dataclass(frozen=True, kw_only=True)
 class Slice(Transform):
+    quick: ClassVar = {"tokens": 128}
+    grows: ClassVar = "an embedding and a head that were one become two, and shortcuts come in"
+
     remove: float = 0.25  # share of the width
     tokens: int = 8192  # of the calibration text
 
