@@ -66,6 +66,7 @@ class Calibration:
         *,
         length: int = 256,
         windows: int = 64,
+        teacher: SeqmixForCausalLM | None = None,
     ) -> Self:
         """`windows` full windows of `length` tokens, evenly spread over the corpus.
 
@@ -81,7 +82,10 @@ class Calibration:
             )
         chosen = torch.linspace(0, full - 1, min(windows, full)).round().long()
         return cls(
-            windows=packed.batch(chosen.numpy())["input_ids"], corpus=corpus, tokenizer=tokenizer
+            windows=packed.batch(chosen.numpy())["input_ids"],
+            corpus=corpus,
+            tokenizer=tokenizer,
+            teacher=teacher,
         )
 
     def first(self, tokens: int) -> Tensor:
