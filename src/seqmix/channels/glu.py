@@ -17,6 +17,7 @@ from seqmix.channels._channel import ACTIVATIONS, Channel, ChannelConfig, check_
 class Config(ChannelConfig):
     expansion: float = 8 / 3
     activation: str = "silu"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,13 +28,16 @@ class GatedLinearUnit(Channel):
     """Three matrices; the parameters of an MLP at 2/3 of its expansion."""
 
     Config = Config
-    examples: ClassVar = {name: {"activation": name} for name in ("gelu", "relu", "sigmoid")}
+    examples: ClassVar = {
+        **{name: {"activation": name} for name in ("gelu", "relu", "sigmoid")},
+        "biases": {"bias": True},
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.gate = nn.Linear(config.width, config.hidden, bias=False)
-        self.up = nn.Linear(config.width, config.hidden, bias=False)
-        self.output = nn.Linear(config.hidden, config.width, bias=False)
+        self.gate = nn.Linear(config.width, config.hidden, bias=config.bias)
+        self.up = nn.Linear(config.width, config.hidden, bias=config.bias)
+        self.output = nn.Linear(config.hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))

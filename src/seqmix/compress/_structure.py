@@ -322,7 +322,7 @@ def cut(
         count, resized = len(rows), _resized(spec, entries[number], part, units[place], len(rows))
         if count < units[place].count:
             entries[number] = dataclasses.replace(entries[number], **{part: resized})
-            _cut_units(tensors, place, units[place], torch.as_tensor(rows))
+            select_units(tensors, place, units[place], torch.as_tensor(rows))
     replaced = {
         name: layer for name, layer in spec.replaced.items() if f"model.{name}" in _owners(tensors)
     }
@@ -343,7 +343,8 @@ def _owners(tensors: Mapping[str, Tensor]) -> set[str]:
     return {".".join(name[:depth]) for name in parts for depth in range(1, len(name))}
 
 
-def _cut_units(tensors: dict[str, Tensor], place: Place, units: Units, kept: Tensor) -> None:
+def select_units(tensors: dict[str, Tensor], place: Place, units: Units, kept: Tensor) -> None:
+    """Leaves only these units of a sublayer in the tensors of a model, named as in its state."""
     stem = f"model.backbone.blocks.{place[0]}.{place[1]}."
     for name, (dimension, sections) in units.axes.items():
         if stem + name in tensors:
@@ -389,7 +390,8 @@ def _cut_channels(
     """
     entries = spec.entries()
     missing = [p for p in _present(spec) if p not in units]
-    if spec.norm != "rms" or spec.shortcuts or spec.replaced or missing:
+    norms = {spec.norm, spec.last_norm or spec.norm}
+    if norms != {"rms"} or spec.shortcuts or spec.replaced or missing:
         raise ConfigError(
             "channels: the residual stream can be narrowed in models with RMS norms, without shortcuts and replaced "
             f"layers, of {', '.join(KINDS)}. Use slice for others."

@@ -202,9 +202,18 @@ def _check(spec: ModelSpec) -> None:
             f"slice: residual={spec.residual!r}, embedding_norm={spec.embedding_norm}: only streams that nothing but "
             "norms before the mixers touches can be turned. Use a model with residual='pre', or another transform."
         )
+    if spec.head != "linear":
+        raise ConfigError(
+            f"slice: head={spec.head!r}, wanted 'linear', into which the last norm goes."
+        )
     if spec.replaced:
         raise ConfigError(
             "slice: some layers of this model are replaced. Slice first: `slice:... | then the others`."
+        )
+    if spec.norm not in ("rms", "layer") or spec.last_norm not in (None, spec.norm):
+        raise ConfigError(
+            f"slice: norm={spec.norm!r}, last_norm={spec.last_norm!r}: only what rms and layer norms do stays the same "
+            "when a stream is turned. Use another transform."
         )
     if spec.norm == "layer" and spec.shortcuts:
         raise ConfigError("slice: norm='layer' with shortcuts cannot be turned. Use RMS norms.")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORMS: dict[str, type[nn.RMSNorm] | type[nn.LayerNorm]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+from seqmix.layers.progressive_norm import Affine, ProgressiveNorm
+
+NORMS: dict[str, type[nn.Module]] = {
+    "rms": nn.RMSNorm,
+    "layer": nn.LayerNorm,
+    "progressive_batch": ProgressiveNorm,
+    "affine": Affine,
+    "none": nn.Identity,
+}
 
 
 class RMSNorm(nn.RMSNorm):

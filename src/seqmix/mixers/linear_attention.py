@@ -2,8 +2,11 @@
 
     y_t = W_o o_t,   o_t = S_t^T f(q_t) / (z_t . f(q_t)),   S_t = S_{t-1} + f(k_t) v_t^T,   z_t = z_{t-1} + f(k_t)
 
-Without `normalize` the division gives way to a norm of S_t^T f(q_t) per head.
-Katharopoulos et al. 2020 (arXiv:2006.16236), eq. 7-12; the norm: Qin et al. 2022 (arXiv:2210.10340).
+Without `normalize` the division gives way to a norm of S_t^T f(q_t) per head. With `convolution_size` W, a
+depthwise convolution of the values over the last W tokens is added to o_t, which sees what lies near.
+Katharopoulos et al. 2020 (arXiv:2006.16236), eq. 7-12; the norm: Qin et al. 2022 (arXiv:2210.10340). Simplified linear
+attention is `linear_attention(feature_map=relu, convolution_size=5)`: Guo et al. 2024 (arXiv:2405.11582), section 3.3;
+there all heads share the convolution's weights, and it is over an image.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.layers.convolution import ShortConvolution
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
@@ -35,6 +39,8 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 class Config(HeadsConfig):
     feature_map: str = "elu1"
     normalize: bool = True  # divide by the sum of the weights; otherwise a norm per head
+    convolution_size: int | None = None  # tokens of the convolution of the values; none without
+    bias: bool = False  # of queries, keys and values
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +54,14 @@ class Config(HeadsConfig):
                 "linear_attention: feature_map='identity' gives weights of either sign, whose sum may "
                 "vanish. Pass normalize=False, or a feature map that is not negative."
             )
+        if self.convolution_size is not None and self.convolution_size < 1:
+            raise ConfigError(
+                f"linear_attention: convolution_size={self.convolution_size}, wanted at least 1, or none."
+            )
 
 
 class LinearAttention(Mixer):
-    """Linear time; state [B, H, K, V], with one more column if normalised."""
+    """Linear time; state [B, H, K, V], with one more column if normalised, and the convolution's [B, W-1, D]."""
 
     Config = Config
     operator = "linear_attention"
@@ -59,21 +69,26 @@ class LinearAttention(Mixer):
         "relu": {"feature_map": "relu"},
         "softmax": {"feature_map": "softmax"},
         "norm": {"feature_map": "identity", "normalize": False},
+        "simplified": {"feature_map": "relu", "convolution_size": 5, "bias": True},
     }
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        width = config.width
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        width, bias, size = config.width, config.bias, config.convolution_size
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.convolution = None if size is None else ShortConvolution(width, size, activation=None)
         self.norm = None if config.normalize else RMSNorm(config.head_width, eps=1e-5)
         self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
         c = self.config
         shape = (batch, c.heads, c.head_width, c.head_width + c.normalize)
-        return {"recurrent": like.new_zeros(shape).float()}
+        state = {"recurrent": like.new_zeros(shape).float()}
+        if self.convolution is not None:
+            state["convolution"] = self.convolution.initial_state(batch, like)
+        return state
 
     def operands(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
@@ -97,8 +112,15 @@ class LinearAttention(Mixer):
             output_final_state=True,
             cu_seqlens=cu_seqlens,
         )
-        o = o if self.norm is None else self.norm(o)
-        return self.output(o.flatten(-2)), {"recurrent": recurrent}
+        o = (o if self.norm is None else self.norm(o)).flatten(-2)
+        after = {"recurrent": recurrent}
+        if self.convolution is not None:
+            before = None if state is None else state["convolution"]
+            near, after["convolution"] = self.convolution(
+                arguments["v"].flatten(-2), before, cu_seqlens
+            )
+            o = o + near
+        return self.output(o), after
 
     def operator_case(self, tokens: int, context: int) -> Case:
         c = self.config
