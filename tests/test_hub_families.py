@@ -10,9 +10,10 @@ import transformers
 
 from seqmix.convert.families import FAMILIES
 from seqmix.convert.hub import to_seqmix, to_transformers
-from seqmix.core.errors import ConfigError
+from seqmix.core.errors import CheckpointError, ConfigError
 from seqmix.models.hf import create
 from seqmix.models.layout import Entry, Part
+from seqmix.models.pretrained import ASSETS, load, load_language_model
 from seqmix.models.rebuild import rebuild
 
 LLAMA = {
@@ -77,6 +78,10 @@ CONFIGS = {
             "state_size": 5,
         },
     ),
+}
+ENCODERS = {
+    "bert": ("BertModel", {**SMALL, "hidden_act": "gelu_new"}),
+    "bert_masked": ("BertForMaskedLM", SMALL),
 }
 FOLDED = ("gemma", "gemma3", "opt")  # 1 + w is rounded; two rows of positions are dropped
 
@@ -146,9 +151,64 @@ def test_padded_batches_and_caches_give_the_same(name):
     )
 
 
+def encoder(name, **fields):
+    """A random encoder with norms and biases that are not those of the start."""
+    kind, values = ENCODERS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(transformers.BertConfig(**{**values, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))
+    return model
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_encoders_give_the_same_there_and_back(name, tmp_path):
+    model, ids = encoder(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, -4:] = 0
+    wanted = model(ids, attention_mask=mask)[0]
+    made = to_seqmix(model)
+    assert_equal(made(ids, attention_mask=mask)[0][mask == 1], wanted[mask == 1])
+    made.save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path)
+    assert type(loaded) is type(made)
+    back = to_transformers(loaded)
+    assert type(back) is type(model)
+    assert_equal(back(ids, attention_mask=mask)[0][mask == 1], wanted[mask == 1])
+    before, after = model.state_dict(), back.state_dict()
+    assert before.keys() - after.keys() == {k for k in before if k.startswith("pooler.")}
+    folded = {k for k in before if "position" in k or "token_type" in k}
+    assert [k for k in after.keys() - folded if not torch.equal(after[k], before[k])] == []
+    with pytest.raises(ConfigError, match="one type of token"):
+        made(ids, token_type_ids=torch.ones_like(ids))
+
+
+def test_an_encoder_predicts_no_next_token(tmp_path):
+    to_seqmix(encoder("bert")).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="SeqmixEncoder, which is not a causal language"):
+        load_language_model(tmp_path)
+
+
+@torch.no_grad()
+def test_real_weights_of_an_encoder():
+    if ASSETS["minilm"].paths() is None:
+        pytest.skip(f"MiniLM is not installed: {ASSETS['minilm'].install}")
+    model, tokenizer = load("minilm")
+    made = to_seqmix(model)
+    given = tokenizer(
+        ["A short text.", "Another text, of more words."], padding=True, return_tensors="pt"
+    )
+    found, wanted = made(**given)[0], model(**given)[0]
+    assert_equal(found[given.attention_mask == 1], wanted[given.attention_mask == 1])
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
+        ("bert", "is_decoder", True),
+        ("bert_masked", "hidden_act", "relu"),
         ("llama", "mlp_bias", True),
         ("llama", "hidden_act", "tanh"),
         ("llama", "rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
@@ -161,7 +221,7 @@ def test_padded_batches_and_caches_give_the_same(name):
 )
 def test_what_has_no_counterpart_is_refused_by_its_field(name, field, value):
     with pytest.raises(ConfigError, match=field):
-        to_seqmix(original(name, **{field: value}))
+        to_seqmix((encoder if name in ENCODERS else original)(name, **{field: value}))
 
 
 def test_other_families_are_refused():
@@ -196,5 +256,5 @@ def test_a_changed_model_says_why_it_stays_here():
 
 
 def test_every_family_is_tested():
-    tested = {getattr(transformers, kind).model_type for kind, _ in CONFIGS.values()}
+    tested = {getattr(transformers, kind).model_type for kind, _ in CONFIGS.values()} | {"bert"}
     assert tested == {kind for name in FAMILIES for kind in FAMILIES.get(name).model_types}

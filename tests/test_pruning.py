@@ -15,7 +15,9 @@ from seqmix.compress._structure import (
     without,
 )
 from seqmix.core.errors import ConfigError
-from seqmix.models.hf import SeqmixForCausalLM, create
+from seqmix.models.backbone import ModelSpec
+from seqmix.models.encoder import SeqmixForSequenceClassification
+from seqmix.models.hf import SeqmixConfig, SeqmixForCausalLM, create
 
 LAYOUTS = {
     "attention": "2x[attention(heads=4, key_heads=2, bias=true)/glu(hidden=24)]",
@@ -223,3 +225,64 @@ def test_magnitude_leaves_out_a_planted_neuron():
     ids = text().windows
     close(logits(pruned, ids), logits(model, ids))
     assert sublayer(pruned, (0, "channel")).config.hidden == 15
+
+
+def test_optin_takes_units_that_change_nothing_first(model):
+    if not any(u.entrances for u in units_of(model).values()):
+        pytest.skip("no units that are masked")
+    places = [p for p, u in units_of(model).items() if u.entrances and p[1] == "channel"]
+    places = places or [p for p, u in units_of(model).items() if u.entrances]
+    with torch.no_grad():
+        for place in places:
+            weight = sublayer(model, place).output.weight
+            weight[:, : 2 * units_of(model)[place].size] = 0
+    data, work = text(), Work()
+    saved = sum(2 * flops_per_unit(model, p, units_of(model)[p], 12) for p in places)
+    share = saved / model.model.backbone.cost(12).flops
+    pruned = TRANSFORMS.get("optin")(remove=share * 0.99, tokens=24, groups=None).fit(
+        model, data, work
+    )
+    close(logits(pruned, data.windows), logits(model, data.windows))
+    assert work.notes["operations left"] == pytest.approx(1 - share, rel=1e-3)
+
+
+def test_optin_prunes_classifiers_too():
+    spec = ModelSpec(layout="2x[bidirectional_attention/mlp(hidden=16)]", width=32, vocabulary=50)
+    config = SeqmixConfig.from_spec(spec, num_labels=3)
+    model = SeqmixForSequenceClassification(config).eval()
+    pruned = TRANSFORMS.get("optin")(remove=0.3, tokens=24).fit(model, text(), Work())
+    assert pruned(input_ids=text().windows).logits.shape == (2, 3)
+    assert pruned.num_parameters() < model.num_parameters()
+
+
+def test_uncurl_merges_experts_that_are_alike_but_for_the_order_of_their_neurons():
+    model = small("2x[attention/mixture_of_experts(experts=6, active=1, hidden=12)]")
+    pairs = [(0, 3), (1, 4), (2, 5)]
+    with torch.no_grad():
+        for block in model.model.backbone.blocks:
+            channel = block.channel
+            for first, second in pairs:
+                order = torch.randperm(12)
+                a, b = channel.experts[first], channel.experts[second]
+                b.gate.weight.copy_(a.gate.weight[order])
+                b.up.weight.copy_(a.up.weight[order])
+                b.output.weight.copy_(a.output.weight[:, order])
+                channel.router.weight[second] = channel.router.weight[first]
+    work, data = Work(), text()
+    merged = TRANSFORMS.get("uncurl")(factor=2).fit(model, data, work)
+    close(logits(merged, data.windows), logits(model, data.windows))
+    for found in work.notes["experts"].values():
+        assert sorted(map(tuple, map(sorted, found["clusters"]))) == pairs
+    assert len(merged.model.backbone.blocks[0].channel.experts) == 3
+    with pytest.raises(ConfigError, match="no mixture"):
+        TRANSFORMS.get("uncurl")().fit(small("attention"), data, Work())
+
+
+def test_spectral_clusters_find_blocks_and_leave_none_empty():
+    from seqmix.compress.uncurl import spectral_clusters
+
+    affinity = torch.block_diag(*(torch.ones(n, n) for n in (3, 1, 2))).double() + 1e-3
+    assert sorted(spectral_clusters(affinity, 3)) == [[0, 1, 2], [3], [4, 5]]
+    groups = spectral_clusters(torch.ones(5, 5).double(), 4)
+    assert len(groups) == 4
+    assert all(groups)

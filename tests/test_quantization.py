@@ -27,7 +27,7 @@ def bytes_of(model):
     return sum(t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values())
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 50])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_the_product_is_that_of_the_rounded_weight(tokens, bias):

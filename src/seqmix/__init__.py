@@ -1,6 +1,8 @@
 """seqmix: choose, train, compress and run efficient sequence models, with every claim measured.
 
     seqmix.compare(data, candidates, ...)    which architecture fits a text, a machine and a budget
+    seqmix.compress(model, data, ...)        a cheaper model: pruned, sliced, factorised, quantised, or all of it
+    seqmix.convert(model, data, to=...)      a pretrained Transformer with other mixers
     seqmix.train(model, data, ...)           a language model from a layout such as `3x[mamba2], attention`
     seqmix.evaluate(model, data)             perplexity and bits per byte
     seqmix.generate(model, prompt)           text
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from seqmix.generate import generate
     from seqmix.measure.compare import compare
     from seqmix.models.pretrained import load
+    from seqmix.search import compress, convert  # type: ignore[no-redef]
     from seqmix.train import evaluate, train
 
 __version__ = "0.1.0"
@@ -35,6 +38,8 @@ __version__ = "0.1.0"
 _FUNCTIONS = {  # public name -> the module that has it
     "accelerate": "seqmix.convert.accelerate",
     "compare": "seqmix.measure.compare",
+    "compress": "seqmix.search",
+    "convert": "seqmix.search",
     "evaluate": "seqmix.train",
     "generate": "seqmix.generate",
     "load": "seqmix.models.pretrained",
@@ -47,6 +52,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "compare",
+    "compress",
+    "convert",
     "evaluate",
     "generate",
     "load",

@@ -20,6 +20,7 @@ KINDS = {  # kind -> where its catalog is
     "operators": ("seqmix.ops", "OPERATORS"),
     "tasks": ("seqmix.tasks", "TASKS"),
     "objectives": ("seqmix.objectives", "OBJECTIVES"),
+    "transforms": ("seqmix.compress", "TRANSFORMS"),
     "claims": ("seqmix.claims", "CLAIMS"),
     "corpora": ("seqmix.data.text", "CORPORA"),
 }

@@ -26,6 +26,7 @@ def pages(docs: Path) -> dict[str, str]:
         "channels.md": "\n".join(_channels()),
         "tasks.md": "\n".join(_tasks()),
         "objectives.md": "\n".join(_objectives()),
+        "transforms.md": "\n".join(_transforms()),
         "claims.md": "\n".join(_claims(docs / "claims")),
         "speed.md": "\n".join(_speed(docs / "speed.json")),
     }
@@ -115,6 +116,18 @@ def _objectives() -> Iterator[str]:
     for name in objectives:
         yield f"\n## {name}\n\n```text\n{_describe.docstring(objectives, name)}\n```\n"
         yield from _config(_describe.describe_config(objectives.get(name).Config))
+
+
+def _transforms() -> Iterator[str]:
+    yield "# Transforms\n"
+    yield (
+        "Ways to make a pretrained model cheaper, the steps of a recipe of `seqmix compress` such as "
+        "`finercut:0.25 | int8`. `NAME:VALUE` sets the first field, `NAME(field=value)` any.\n"
+    )
+    transforms = _describe.catalog("transforms")
+    for name in transforms:
+        yield f"\n## {name}\n\n```text\n{_describe.docstring(transforms, name)}\n```\n"
+        yield from _config(_describe.describe_config(transforms.get(name)))
 
 
 def _claims(folder: Path) -> Iterator[str]:

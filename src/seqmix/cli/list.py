@@ -16,7 +16,7 @@ def run(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List mixers, channel mixers, operators, tasks, objectives, claims or corpora, with one line on each.
+    """List mixers, channel mixers, operators, tasks, objectives, transforms, claims or corpora, with one line on each.
 
     Example: `seqmix list mixers`
     """

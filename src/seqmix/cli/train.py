@@ -94,7 +94,7 @@ def run(
 def _model(model: str, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What to train, and its tokenizer: a saved or named model as it is, a layout as a specification."""
     from seqmix.models.backbone import ModelSpec
-    from seqmix.models.pretrained import ASSETS, load
+    from seqmix.models.pretrained import ASSETS, load_language_model
 
     if not Path(model).is_dir() and model not in ASSETS:
         return ModelSpec.from_dict({"layout": model, **spec}), {}
@@ -105,5 +105,5 @@ def _model(model: str, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         )
     if Path(model).is_dir():
         return model, {}
-    loaded, words = load(model)
+    loaded, words = load_language_model(model)
     return loaded, {"tokenizer": words}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seqmix.linears import Replacement
 from seqmix.models.backbone import Block, LanguageModel
+from seqmix.models.encoder import SeqmixForSequenceClassification, mean_of_tokens
 
 TOKENS = 2048  # that go through a block at a time
 
@@ -86,3 +87,14 @@ def second_moments(block: Block, layers: Mapping[str, nn.Linear], x: Tensor) -> 
     with watched(layers, see):
         through(block, x)
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def predictions(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits from what the last block gives, x [N, T, D]: [N, T, vocabulary], or [N, classes] of a classifier."""
+    inside = model.model
+    assert isinstance(inside, LanguageModel)
+    features = x if inside.backbone.norm is None else inside.backbone.norm(x)
+    if isinstance(model, SeqmixForSequenceClassification):
+        features = mean_of_tokens(features)
+        return model.classifier(features).float()
+    return inside.head(features).float()

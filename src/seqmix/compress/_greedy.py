@@ -85,7 +85,7 @@ def _distribution(inside: LanguageModel, x: Tensor, start: int) -> Tensor:
     backbone = inside.backbone
     for block in backbone.blocks[start:]:
         x, _ = block(x)
-    return inside.head(x if backbone.norm is None else backbone.norm(x)).float().log_softmax(-1)
+    return inside.logits(x if backbone.norm is None else backbone.norm(x)).float().log_softmax(-1)
 
 
 def divergence(p: Tensor, q: Tensor) -> float:

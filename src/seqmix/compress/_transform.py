@@ -48,11 +48,15 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """The text that transforms may look at: windows of token ids [N, T], and the corpus that they are of."""
+    """The text that transforms may look at: windows of token ids [N, T], and the corpus that they are of.
+
+    `teacher` is the model before all steps, for transforms that learn from its predictions.
+    """
 
     windows: Tensor
     corpus: Corpus | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    teacher: SeqmixForCausalLM | None = None
 
     @classmethod
     def of(
@@ -85,6 +89,14 @@ class Calibration:
         wanted = min(len(self.windows), max(1, -(-tokens // self.windows.shape[1])))
         chosen = torch.linspace(0, len(self.windows) - 1, wanted).round().long()
         return self.windows[chosen]
+
+    def with_at_least(self, tokens: int) -> Tensor:
+        """Windows [n, T] of at least `tokens` tokens of the corpus; all of `windows` where it has no more to give."""
+        if self.windows.numel() >= tokens or self.corpus is None or self.tokenizer is None:
+            return self.windows
+        length = self.windows.shape[1]
+        more = self.of(self.corpus, self.tokenizer, length=length, windows=-(-tokens // length))
+        return max(more.windows, self.windows, key=len)
 
 
 @dataclass(eq=False)

@@ -33,7 +33,7 @@ class ToInt8(Transform):
             layers["head"] = Tied()
         example = next(iter(found.values())).weight.detach()
         work.notes["layers"] = len(layers)
-        work.notes["product"] = why_not_packed(example, example) or "FBGEMM, packed"
+        work.notes["product"] = why_not_packed(example[:1], example) or "FBGEMM, packed"
         return replaced(model, layers)
 
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:

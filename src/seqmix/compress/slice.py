@@ -202,6 +202,10 @@ def _check(spec: ModelSpec) -> None:
             f"slice: residual={spec.residual!r}, embedding_norm={spec.embedding_norm}: only streams that nothing but "
             "norms before the mixers touches can be turned. Use a model with residual='pre', or another transform."
         )
+    if spec.head != "linear":
+        raise ConfigError(
+            f"slice: head={spec.head!r}, wanted 'linear', into which the last norm goes."
+        )
     if spec.replaced:
         raise ConfigError(
             "slice: some layers of this model are replaced. Slice first: `slice:... | then the others`."

@@ -3,7 +3,8 @@
     model = to_seqmix("smollm2-135m")          every method of the package works on it
     to_transformers(model).save_pretrained(folder)
 
-The families are the files of `seqmix.convert.families`. A converted model keeps the configuration that it came with
+The families are the files of `seqmix.convert.families`. A language model becomes a `SeqmixForCausalLM`; BERT becomes a
+`SeqmixEncoder` or a `SeqmixForMaskedLM`. A converted model keeps the configuration that it came with
 (`config.source`), the ids of its special tokens and its generation settings. Dropout is not taken along.
 """
 
@@ -13,7 +14,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ from transformers.initialization import no_init_weights
 from seqmix.convert.families import FAMILIES, Family
 from seqmix.core.errors import CheckpointError, ConfigError
 from seqmix.models.backbone import ModelSpec
-from seqmix.models.hf import SeqmixConfig, SeqmixForCausalLM
+from seqmix.models.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel
 from seqmix.models.pretrained import load
 
 Pair = tuple[tuple[str, ...], tuple[str, ...], Callable[..., tuple[Tensor, ...]]]
@@ -32,37 +33,39 @@ M = TypeVar("M", bound=PreTrainedModel)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def to_seqmix(model: PreTrainedModel | str | Path) -> SeqmixForCausalLM:
+def to_seqmix(model: PreTrainedModel | str | Path) -> Any:
     """The same model of this package's blocks, in evaluation mode; what is one already is returned as it is.
 
-    `model` is a causal language model of transformers, or whatever `seqmix.load` takes. Logits are equal up to
-    rounding. The given model stays as it was and shares no memory with the new one.
+    `model` is a language model or an encoder of transformers, or whatever `seqmix.load` takes. Logits, or an
+    encoder's features, are equal up to rounding. The given model stays as it was and shares no memory with the new
+    one.
     Raises `ConfigError` for a family, or a field of its configuration, that the blocks of this package do not compute.
     """
     if isinstance(model, str | Path):
         model, _ = load(model)
-    if isinstance(model, SeqmixForCausalLM):
+    if isinstance(model, SeqmixModel):
         return model
-    family = family_of(model.config)
-    source = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    source = copy.deepcopy(model.config)
+    source.architectures = [type(model).__name__]
+    family = family_of(source)
     config = SeqmixConfig.from_spec(
-        family.spec(model.config),
-        source=source,
-        **{name: getattr(model.config, name, None) for name in TOKENS},
+        family.spec(source),
+        source=source.to_dict(),
+        **{name: getattr(source, name, None) for name in TOKENS},
     )
     with torch.device("meta"):  # the weights come from elsewhere
-        made = SeqmixForCausalLM(config)
-    pairs = ((w.theirs, w.ours, w.load) for w in family.weights(model.config))
-    return _filled(made, model, pairs).eval()
+        made = kind_of(source)(config)
+    pairs = ((w.theirs, w.ours, w.load) for w in family.weights(source))
+    return _filled(made, model, pairs, left=family.left).eval()
 
 
-def to_transformers(model: SeqmixForCausalLM) -> PreTrainedModel:
+def to_transformers(model: SeqmixModel) -> PreTrainedModel:
     """The model of transformers that `model` came from, with the weights that it has now.
 
     Raises `ConfigError` for a model that did not come from there, or whose blocks are no longer those of its family
     (pruned or replaced layers, other mixers): it stays a model of this package, which transformers loads as well.
     """
-    if not isinstance(model, SeqmixForCausalLM):
+    if not isinstance(model, SeqmixModel):
         raise ConfigError(f"model is a {type(model).__name__}, wanted a model of seqmix.")
     if model.config.source is None:
         raise ConfigError(
@@ -79,7 +82,7 @@ def to_transformers(model: SeqmixForCausalLM) -> PreTrainedModel:
             "loads with seqmix installed."
         )
     with no_init_weights():  # not on `meta`: some buffers are computed here and stored nowhere
-        made = getattr(transformers, config.architectures[0])(config)
+        made = family.build(config)
     pairs = ((w.ours, w.theirs, w.save) for w in family.weights(config))
     return _filled(made, model, pairs).train(model.training)
 
@@ -95,6 +98,17 @@ def family_of(config: PreTrainedConfig) -> Family:
         f"model_type={config.model_type!r} has no family here, wanted one of {', '.join(known)}. Keep this model in "
         "transformers (seqmix.accelerate may make it faster)."
     )
+
+
+def kind_of(config: PreTrainedConfig) -> type[SeqmixModel]:
+    """What a model becomes whose class is the first of `config.architectures`; `ConfigError` if nothing."""
+    kinds = family_of(config).kinds
+    (name,) = config.architectures
+    if not kinds:
+        return SeqmixForCausalLM
+    if name not in kinds:
+        raise ConfigError(f"A {name} has no counterpart here, wanted one of {', '.join(kinds)}.")
+    return kinds[name]
 
 
 def source_config(config: SeqmixConfig) -> PreTrainedConfig:
@@ -122,9 +136,14 @@ def difference(found: ModelSpec, wanted: ModelSpec) -> str | None:
     return None
 
 
-def _filled(made: M, model: PreTrainedModel, pairs: Iterable[Pair]) -> M:
-    """`made` with copies of the tensors of `model`, each under the name and in the form that `pairs` say."""
-    given = model.state_dict()
+def _filled(
+    made: M, model: PreTrainedModel, pairs: Iterable[Pair], *, left: tuple[str, ...] = ()
+) -> M:
+    """`made` with copies of the tensors of `model`, each under the name and in the form that `pairs` say.
+
+    Those whose names start with one of `left` are not used.
+    """
+    given = {k: x for k, x in model.state_dict().items() if not k.startswith(left)}
     for tied in model.all_tied_weights_keys:
         given.pop(tied)
     tensors: dict[str, Tensor] = {}
@@ -143,6 +162,6 @@ def _filled(made: M, model: PreTrainedModel, pairs: Iterable[Pair]) -> M:
     tensors |= {name: tensors[source] for name, source in tied.items()}
     made.load_state_dict(tensors, assign=True)
     made.tie_weights()
-    if model.generation_config is not None:
-        made.generation_config = copy.deepcopy(model.generation_config)
+    if (settings := getattr(model, "generation_config", None)) is not None:
+        made.generation_config = copy.deepcopy(settings)
     return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seqmix.core.errors import DataError, RangeError
-from seqmix.models.pretrained import load
+from seqmix.models.pretrained import load_language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def generate(
     """
     _check(new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, beams=beams)
     if isinstance(model, str | Path):
-        model, own = load(model)
+        model, own = load_language_model(model)
         tokenizer = tokenizer or own
     if tokenizer is None:
         raise DataError("The model comes without a tokenizer. Give one as `tokenizer`.")

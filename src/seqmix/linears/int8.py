@@ -29,8 +29,8 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8(Replacement):
     """In the place of a linear layer (`role="linear"`), or of an embedding (`role="embedding"`).
 
-    Inference on a CPU uses a packed copy of the weight, made at the first call and never saved; gradients with respect
-    to x, and other devices, use a dense product.
+    Few tokens on a CPU use a packed copy of the weight, made at the first such call and never saved; many tokens,
+    gradients with respect to x, and other devices use a dense product.
     """
 
     weight: Tensor

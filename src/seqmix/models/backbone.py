@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix.channels import CHANNELS, Channel
@@ -30,6 +31,7 @@ from seqmix.mixers import MIXERS, Mixer
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
 RESIDUALS = ("pre", "parallel", "sandwich", "post")
+HEADS = ("linear", "transformed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class ModelSpec(Config):
     channel: str = "glu"
     vocabulary: int = 258
     tied: bool = True  # the output head shares the embedding's weights
+    head: str = "linear"  # or "transformed", with a layer before it and a bias
     norm: str = "rms"  # or "layer", "progressive_batch", "affine", "none"
     last_norm: str | None = None  # the one before the head, where it is another
     norm_eps: float = 1e-6
@@ -68,12 +71,13 @@ class ModelSpec(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}, wanted at least 1, or none.")
-        norms = tuple(NORMS)
-        for name, known in (
-            ("norm", norms),
-            ("last_norm", (None, *norms)),
-            ("residual", RESIDUALS),
-        ):
+        choices = {
+            "norm": tuple(NORMS),
+            "last_norm": (None, *NORMS),
+            "residual": RESIDUALS,
+            "head": HEADS,
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r}, wanted one of {', '.join(map(str, known))}."
@@ -261,6 +265,20 @@ class Backbone(nn.Module):
         return sum((b.cost(length, context=context) for b in self.blocks), Cost())
 
 
+class HeadTransform(nn.Module):
+    """norm(gelu(W x + b)), between the features and the head of BERT's masked language model."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.dense = nn.Linear(spec.width, spec.width)
+        self.norm = build_norm(spec)
+        nn.init.normal_(self.dense.weight, std=spec.width**-0.5)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(x)))
+
+
 class LanguageModel(nn.Module):
     """Token ids [B, T] to logits [B, T, vocabulary]: embedding, backbone, (tied) head."""
 
@@ -269,9 +287,13 @@ class LanguageModel(nn.Module):
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.width)
         self.backbone = Backbone(spec)
-        self.head = nn.Linear(spec.width, spec.vocabulary, bias=False)
+        transformed = spec.head == "transformed"
+        self.transform = HeadTransform(spec) if transformed else None
+        self.head = nn.Linear(spec.width, spec.vocabulary, bias=transformed)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
+        if transformed:
+            nn.init.zeros_(self.head.bias)
         if spec.tied:
             self.head.weight = self.embedding.weight
         replace_layers(self, spec.replaced)
@@ -281,7 +303,11 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, State]:
         """ids [B, T] (or [1, total] with `cu_seqlens`) to logits and the state after the last token."""
         features, state = self.backbone(self.embedding(ids), state, cu_seqlens=cu_seqlens)
-        return self.head(features), state
+        return self.logits(features), state
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., vocabulary] of features [..., D]."""
+        return self.head(features if self.transform is None else self.transform(features))
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> State:
         """The state of `batch` texts before their first token."""
@@ -292,7 +318,9 @@ class LanguageModel(nn.Module):
 
     def cost(self, length: int, *, context: int = 0) -> Cost:
         """Predicted cost of `length` tokens after `context` earlier ones, for one text in float32."""
-        return self.backbone.cost(length, context=context) + linear_cost(self.head, length)
+        cost = self.backbone.cost(length, context=context) + linear_cost(self.head, length)
+        transform = self.transform
+        return cost if transform is None else cost + linear_cost(transform.dense, length)
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ class SeqmixForMaskedLM(_Encoder):
         (gradient accumulation) or by the number of scored labels. `features` describes the other inputs.
         """
         features = self.features(input_ids, attention_mask, token_type_ids, inputs_embeds, segments)
-        logits = self.model.head(features)
+        logits = self.model.logits(features)
         loss = None
         if labels is not None:
             total = F.cross_entropy(

@@ -129,7 +129,7 @@ class SeqmixForCausalLM(SeqmixModel, GenerationMixin):
             )
         if not scored:
             features = _kept(features, logits_to_keep)
-        logits = self.model.head(features)
+        logits = self.model.logits(features)
         loss = None
         if scored:
             labels, shift_labels = _scored(labels, shift_labels, mask, cu_seqlens)

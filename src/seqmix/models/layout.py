@@ -4,7 +4,7 @@
     item    = [INTEGER "x"] ( entry | "[" layout "]" )
     entry   = part ["/" part]                     mixer / channel mixer
     part    = NAME ["(" option {"," option} ")"]
-    option  = NAME "=" VALUE                      integer, number, true, false, none or a word
+    option  = NAME "=" (VALUE | part)             integer, number, true, false, none, a word or a part
 
 Examples: `mamba2`; `3x[gated_delta_net], attention`; `2x[3x[mamba2], attention(window=256)/squared_relu]`.
 """
@@ -151,6 +151,9 @@ class _Reader:
                 if not value:
                     self.fail(f"expected a value for {key[0]}")
                 options[key[0]] = _value(value[0])
+                if self.place < len(self.text) and self.text[self.place] == "(":
+                    self.place -= len(value[0])
+                    options[key[0]] = str(self.part("a name"))
                 if self.take(")"):
                     break
                 if not self.take(","):

@@ -79,7 +79,7 @@ class MaskedWithDecoder(Masked):
         features = model.features(inputs["input_ids"])
         decoded, _ = decoder(features)
         mixed = torch.where(inputs["decoded"].unsqueeze(-1), decoded, features)
-        logits = model.model.head(mixed)
+        logits = model.model.logits(mixed)
         labels = inputs["labels"].flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORED)
 

@@ -18,7 +18,8 @@ from seqmix.core.errors import ConfigError, DataError, NumericalError, RangeErro
 from seqmix.data.packing import IGNORED, pack
 from seqmix.data.text import Corpus, read_text
 from seqmix.data.tokenizer import encode, token_bytes
-from seqmix.models.hf import SeqmixForCausalLM, StateCache, load
+from seqmix.models.hf import SeqmixForCausalLM, StateCache
+from seqmix.models.pretrained import load_language_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,7 +64,7 @@ def evaluate(
         raise ConfigError("tokens: carry reads the whole text. Leave out one of the two.")
     corpus = data if isinstance(data, Corpus) else read_text(data)
     if isinstance(model, str | Path):
-        model, own = load(model)
+        model, own = load_language_model(model)
         tokenizer = tokenizer or own
     if tokenizer is None:
         raise DataError("The model comes without a tokenizer. Give one as `tokenizer`.")

@@ -17,8 +17,8 @@ from seqmix.data.packing import Packed, pack
 from seqmix.data.text import Corpus, read_text, split_text
 from seqmix.data.tokenizer import encode, save_tokenizer, tokenizer_from
 from seqmix.models.backbone import ModelSpec
-from seqmix.models.hf import SeqmixForCausalLM, create, load
-from seqmix.models.pretrained import quiet
+from seqmix.models.hf import SeqmixForCausalLM, create
+from seqmix.models.pretrained import load_language_model, quiet
 from seqmix.ops import record_forms
 from seqmix.train.evaluation import HeldOut, backend_of, end_of_text, takes_segments
 from seqmix.train.folder import RunFolder
@@ -189,7 +189,7 @@ def prepare(
     if isinstance(model, nn.Module) or is_saved(model):
         words = None
         if not isinstance(model, nn.Module):
-            model, words = load(model)
+            model, words = load_language_model(model)
         if words is None:
             if isinstance(tokenizer, str | Path):
                 words = _tokenizer(tokenizer, corpus)
@@ -235,7 +235,7 @@ def describe(model: str | Path | ModelSpec | PreTrainedModel) -> Any:
 def finished(folder: RunFolder, result: dict[str, Any]) -> Trained:
     """The result of a run that is complete."""
     with quiet():
-        model, tokenizer = load(folder.path)
+        model, tokenizer = load_language_model(folder.path)
     forms = [(operator, form) for operator, form in result.pop("forms")]
     return Trained(model=model, tokenizer=tokenizer, folder=folder.path, forms=forms, **result)
 

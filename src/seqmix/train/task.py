@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from seqmix.core.errors import ConfigError
 from seqmix.models.backbone import ModelSpec
-from seqmix.models.hf import load
-from seqmix.models.pretrained import quiet
+from seqmix.models.pretrained import load_language_model, quiet
 from seqmix.ops import record_forms
 from seqmix.train.folder import RunFolder
 from seqmix.train.language import describe, finished, is_saved, new_model, to_spec
@@ -139,7 +138,7 @@ def _model(
 ) -> PreTrainedModel:
     if not isinstance(model, nn.Module) and not is_saved(model):
         return new_model(dataclasses.replace(to_spec(model), vocabulary=task.vocabulary), seed)
-    made = model if isinstance(model, nn.Module) else load(model)[0]
+    made = model if isinstance(model, nn.Module) else load_language_model(model)[0]
     if made.config.vocab_size < task.vocabulary:
         raise ConfigError(
             f"The task has {task.vocabulary} ids and the model only {made.config.vocab_size}. "

@@ -6,17 +6,20 @@ with ours. A model goes back as long as its specification is still the one that 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from seqmix.channels import CHANNELS
 from seqmix.core.errors import ConfigError
 from seqmix.mixers import MIXERS
+from seqmix.models._hf_model import SeqmixModel
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.layout import Part
 
@@ -42,12 +45,19 @@ class Family:
     """Models of transformers with one set of blocks.
 
     `spec` raises `ConfigError`, naming the field, for what this package does not compute; `weights` lists every tensor
-    of the library's `state_dict` but tied ones.
+    of the library's `state_dict` but tied ones and those that are not taken along, whose names start with `left`.
+    `kinds` are the classes of models; without any, a family has language models. `build` makes a model of the
+    library, without weights, from a configuration with `architectures`.
     """
 
     model_types: tuple[str, ...]
     spec: Callable[[Any], ModelSpec]
     weights: Callable[[Any], Iterator[Weights]]
+    kinds: Mapping[str, type[SeqmixModel]] = dataclasses.field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    build: Callable[[Any], PreTrainedModel] = lambda config: getattr(
+        transformers, config.architectures[0]
+    )(config)
 
 
 def same(theirs: str, ours: str) -> Weights:

@@ -7,6 +7,7 @@ Gemma team 2024 (arXiv:2403.08295), section 2; 2025 (arXiv:2503.19786), section 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,8 @@ def spec(config: Any) -> ModelSpec:
         "output_bias": config.attention_bias,
     }
     if third:
-        refuse(config, {"rms_norm_eps": (1e-6,)})  # of the norms of queries and keys
+        if not math.isclose(config.rms_norm_eps, 1e-6, rel_tol=1e-6):  # float32 in some files
+            refuse(config, {"rms_norm_eps": (1e-6,)})  # of the norms of queries and keys
         scale = config.query_pre_attn_scalar**-0.5
         options |= {"qk_norm": True, "scale": None if scale == config.head_dim**-0.5 else scale}
     kind = activation(config, "hidden_activation" if third else "hidden_act")
