@@ -18,4 +18,5 @@ def token_before(
     before, last = short_convolution(
         x, one_back, initial_state=previous, output_final_state=True, cu_seqlens=cu_seqlens
     )
+    assert last is not None
     return before, last
