@@ -103,7 +103,8 @@ class Linearize(Transform):
         blocks = self._attention(model)
         half = len(blocks) // 2 + 1
         mixers = [model.model.backbone.blocks[number].mixer for number in blocks]
-        weights: int = sum(p.numel() for mixer in mixers for p in mixer.parameters())
+        sizes: list[int] = [p.numel() for mixer in mixers for p in mixer.parameters()]
+        weights = sum(sizes)
         share = weights / model.num_parameters()
         chosen = 0 if isinstance(self.keep, str) else half * self.damage_tokens
         return Needs(
