@@ -55,7 +55,7 @@ def test_a_local_task_is_scored(folder, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_refused(folder):
     model, tokenizer = seqmix.load(folder / "model")
-    with pytest.raises(DataError, match="'sheeep'. Did you mean .*sheep"):
+    with pytest.raises(DataError, match=r"'sheeep'. Did you mean .*sheep"):
         harness(model, tokenizer, ["sheeep"], include=folder / "tasks")
 
 
