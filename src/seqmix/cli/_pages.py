@@ -240,8 +240,8 @@ FIGURES = ("size_mb", "flops", "prefill_ms", "decode_ms", "loss", "zero_shot", "
 def _compression(folder: Path) -> Iterator[str]:
     yield "# Models made cheaper\n"
     yield (
-        "What `seqmix compress` and `seqmix convert` gave, each by one command (`make compression` runs them). Quality is "
-        "measured on held-out text; times are medians of calls in turn within one run. Nothing here is typed.\n"
+        "What `seqmix compress` and `seqmix convert` gave, each by one command (`make compression` runs them). Quality "
+        "is measured on held-out text; times are medians of calls in turn within one run. Nothing here is typed.\n"
     )
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())

@@ -19,6 +19,7 @@ from seqmix.convert.linearize import (
     attention_blocks,
     damages,
     linearized,
+    mixer_of,
     transfer,
     transfer_errors,
     with_attention_of,
@@ -40,7 +41,7 @@ class Linearize(Transform):
         0.25  # share of the attention layers that stay, or their blocks: 0+9+29, or 9+
     )
     transfer_tokens: int = 16384  # that the new mixers learn from; passes over the text as needed
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     damage_tokens: int = 256  # of the text on which the layers to keep are chosen
 
     def __post_init__(self) -> None:
@@ -102,9 +103,8 @@ class Linearize(Transform):
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
         blocks = self._attention(model)
         half = len(blocks) // 2 + 1
-        mixers = [model.model.backbone.blocks[number].mixer for number in blocks]
-        sizes: list[int] = [p.numel() for mixer in mixers for p in mixer.parameters()]
-        weights = sum(sizes)
+        mixers = [mixer_of(model, number) for number in blocks]
+        weights = sum(p.numel() for mixer in mixers for p in mixer.parameters())
         share = weights / model.num_parameters()
         chosen = 0 if isinstance(self.keep, str) else half * self.damage_tokens
         return Needs(
