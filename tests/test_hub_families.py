@@ -79,11 +79,14 @@ CONFIGS = {
         },
     ),
 }
-CONFIGS["rwkv"] = ("RwkvConfig", {**SMALL, "attention_hidden_size": 40, "rescale_every": 0})
+CONFIGS["rwkv"] = ("RwkvConfig", {**SMALL, "rescale_every": 0})
 ENCODERS = {
     "bert": ("BertModel", {**SMALL, "hidden_act": "gelu_new"}),
     "bert_masked": ("BertForMaskedLM", SMALL),
 }
+UNCACHED = (
+    "rwkv",
+)  # its generate drops the state in transformers 5.23: other texts than by full forwards
 FOLDED = ("gemma", "gemma3", "opt")  # 1 + w is rounded; two rows of positions are dropped
 
 
@@ -148,7 +151,7 @@ def test_padded_batches_and_caches_give_the_same(name):
     given = torch.ones_like(start)
     assert torch.equal(
         made.generate(start, attention_mask=given, **options),
-        model.generate(start, attention_mask=given, **options),
+        model.generate(start, attention_mask=given, use_cache=name not in UNCACHED, **options),
     )
 
 
@@ -225,6 +228,7 @@ def test_real_weights_of_an_encoder():
     ("name", "field", "value"),
     [
         ("rwkv", "layer_norm_epsilon", 1e-6),
+        ("rwkv", "attention_hidden_size", 40),
         ("bert", "is_decoder", True),
         ("bert_masked", "hidden_act", "relu"),
         ("llama", "mlp_bias", True),

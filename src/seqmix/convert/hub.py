@@ -45,8 +45,7 @@ def to_seqmix(model: PreTrainedModel | str | Path) -> Any:
         model, _ = load(model)
     if isinstance(model, SeqmixModel):
         return model
-    source = copy.deepcopy(model.config)
-    source.architectures = [type(model).__name__]
+    source = _described(model)
     family = family_of(source)
     config = SeqmixConfig.from_spec(
         family.spec(source),
@@ -85,6 +84,22 @@ def to_transformers(model: SeqmixModel) -> PreTrainedModel:
         made = family.build(config)
     pairs = ((w.ours, w.theirs, w.save) for w in family.weights(config))
     return _filled(made, model, model.state_dict(), pairs).train(model.training)
+
+
+def specification(model: PreTrainedModel) -> ModelSpec:
+    """What `to_seqmix` makes of a model, which may be without weights; raises `ConfigError` where it would."""
+    if isinstance(model, SeqmixModel):
+        return model.config.to_spec()
+    source = _described(model)
+    kind_of(source)
+    return family_of(source).spec(source)
+
+
+def _described(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of a model, with its class as the only architecture."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
 
 
 def family_of(config: PreTrainedConfig) -> Family:

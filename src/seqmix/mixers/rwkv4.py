@@ -15,13 +15,11 @@ Peng et al. 2023 (arXiv:2305.13048), section 3.1 and eq. 11-18.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.layers.precision import full_precision
@@ -37,43 +35,28 @@ EXPONENTS = (0.5, 0.5, 0.25)
 MORE_OF_VALUES = 0.15
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(MixerConfig):
-    hidden: int | None = None  # channels of the memory; as many as the width if none
-
-    def __post_init__(self) -> None:
-        if self.hidden is not None and self.hidden < 1:
-            raise ConfigError(f"rwkv4: hidden={self.hidden}, wanted at least 1, or none.")
-
-    @property
-    def channels(self) -> int:
-        return self.hidden or self.width
-
-
 class RWKV4(Mixer):
     """Linear time; state: two numbers per channel and the token before, [B, 1, D]."""
 
-    Config = Config
     no_weight_decay: ClassVar = ("mix", "decay", "bonus")
     operator = "diagonal_scan"
-    examples: ClassVar = {"narrow": {"hidden": 24}}
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: MixerConfig) -> None:
         super().__init__(config)
-        width, channels = config.width, config.channels
-        place = torch.arange(channels) / max(1, channels - 1)
-        mixes = torch.stack([(torch.arange(width) / width) ** power for power in EXPONENTS])
+        width = config.width
+        channel = torch.arange(width)
+        mixes = torch.stack([(channel / width) ** power for power in EXPONENTS])
         mixes[1] += MORE_OF_VALUES
         self.mix = nn.Parameter(mixes)
-        self.decay = nn.Parameter(8 * place**1.35 - 5)
-        self.bonus = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(channels) + 1) % 3 - 1))
-        self.key = nn.Linear(width, channels, bias=False)
-        self.value = nn.Linear(width, channels, bias=False)
-        self.receptance = nn.Linear(width, channels, bias=False)
-        self.output = nn.Linear(channels, width, bias=False)
+        self.decay = nn.Parameter(8 * (channel / max(1, width - 1)) ** 1.35 - 5)
+        self.bonus = nn.Parameter(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
-        memory = like.new_zeros(batch, self.config.channels).float()
+        memory = like.new_zeros(batch, self.config.width).float()
         return {
             "previous": like.new_zeros(batch, 1, self.config.width).float(),
             "weight": torch.full_like(memory, NOTHING),
@@ -114,7 +97,7 @@ class RWKV4(Mixer):
     def _scan(
         self, key: Tensor, value: Tensor, state: State, cu_seqlens: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """What makes the means m [B, T, C], u + k_t - l_{t-1}, and the last l [B, C].
+        """What makes the means m [B, T, D], u + k_t - l_{t-1}, and the last l [B, D].
 
         The logarithms l are sums of w over time, which only float64 adds up without loss.
         """
@@ -141,7 +124,7 @@ class RWKV4(Mixer):
         return arguments, surprise, last.to(key.dtype)
 
     def operator_case(self, tokens: int, context: int) -> Case:
-        return Case("mixer", {"B": 1, "T": tokens, "D": self.config.channels})
+        return Case("mixer", {"B": 1, "T": tokens, "D": self.config.width})
 
 
 MIXER = RWKV4

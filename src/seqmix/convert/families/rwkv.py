@@ -30,11 +30,11 @@ from seqmix.models.layout import Entry, Part, write_layout
 
 def spec(config: Any) -> ModelSpec:
     """The specification of an RWKV-4 configuration."""
+    width = config.hidden_size
     refuse(config, {"layer_norm_epsilon": (1e-5,)})  # that of the last norm
-    width, channels = config.hidden_size, config.attention_hidden_size
-    time = mixer("rwkv4", {"hidden": None if channels == width else channels})
+    refuse(config, {"attention_hidden_size": (width,)})  # others break the library's own caches
     hidden = mixer("rwkv4_channel", {"hidden": config.intermediate_size}, always=("hidden",))
-    layer = [Entry(part, Part("none")) for part in (time, hidden)]
+    layer = [Entry(part, Part("none")) for part in (Part("rwkv4"), hidden)]
     return ModelSpec(
         layout=write_layout(layer * config.num_hidden_layers),
         width=width,
