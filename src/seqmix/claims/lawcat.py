@@ -75,8 +75,8 @@ def retrieval(run: Run, original: dict[str, Any], found: dict[str, Any]) -> Find
     beyond = {str(length): after["passkey"][str(length)] for length in run["longer"]}
     return Finding(
         f"Distilled on windows of {run['length']} tokens, the model finds passkeys in longer texts (the paper: "
-        "Mistral-7B, from 1,000 to 22,000 tokens; here: three of four layers converted, on thousands of tokens, a quarter of them passkeys "
-        "of other numbers).",
+        "Mistral-7B, from 1,000 to 22,000 tokens; here: three of four layers converted, on thousands of tokens, "
+        "a quarter of them passkeys of other numbers).",
         f"at least {FOUND:.0%} of the passkeys at every longer length, or as many as the original finds there",
         {
             "beyond the distillation length": beyond,
