@@ -203,7 +203,7 @@ CLAIM = Claim(
         "damage_windows": 1,
         "transfer_tokens": 6144,
         "transfer_rate": 3e-3,
-        "recover_tokens": 6144,
+        "recover_tokens": 4096,
         "recover_rate": 1e-3,
     },
 )

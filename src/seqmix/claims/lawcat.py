@@ -75,7 +75,8 @@ def retrieval(run: Run, original: dict[str, Any], found: dict[str, Any]) -> Find
     beyond = {str(length): after["passkey"][str(length)] for length in run["longer"]}
     return Finding(
         f"Distilled on windows of {run['length']} tokens, the model finds passkeys in longer texts (the paper: "
-        "Mistral-7B, from 1,000 to 22,000 tokens; here: three of four layers converted, on thousands of tokens).",
+        "Mistral-7B, from 1,000 to 22,000 tokens; here: three of four layers converted, on thousands of tokens, "
+        "a quarter of them passkeys of other numbers).",
         f"at least {FOUND:.0%} of the passkeys at every longer length, or as many as the original finds there",
         {
             "beyond the distillation length": beyond,
@@ -141,14 +142,14 @@ CLAIM = Claim(
         "model": "smollm2-135m",
         "data": "shakespeare",
         "length": 256,
-        "longer": [512, 768],
+        "longer": [512],
         "windows": 32,
         "held_out": 4,
-        "passkeys": 8,
+        "passkeys": 10,
         "damage_windows": 1,
         "transfer_tokens": 6144,
         "transfer_rate": 3e-3,
-        "recover_tokens": 6144,
+        "recover_tokens": 4096,
         "recover_rate": 1e-3,
         "prefill_lengths": [512, 1024, 2048, 4096, 8192],
         "repeats": 3,

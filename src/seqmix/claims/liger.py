@@ -106,7 +106,8 @@ def findings(run: Run, original: dict[str, Any], found: dict[str, Any]) -> list[
             else "not reproduced",
         ),
         Finding(
-            "With three of four layers converted, passkeys are found at the length of the conversion.",
+            "With three of four layers converted, passkeys are found at the length of the conversion (a quarter of the "
+            "texts that it learns from are passkeys of other numbers).",
             f"at least {KEPT:.0%} of the original's accuracy at {length} tokens",
             {
                 "original": before,
@@ -152,13 +153,13 @@ CLAIM = Claim(
         "to": "liger(window=64, sinks=1)",
         "data": "shakespeare",
         "length": 256,
-        "windows": 48,
-        "held_out": 8,
+        "windows": 32,
+        "held_out": 6,
         "passkeys": 10,
         "damage_windows": 1,
-        "transfer_tokens": 8192,
+        "transfer_tokens": 6144,
         "transfer_rate": 3e-3,
-        "recover_tokens": 8192,
+        "recover_tokens": 4096,
         "recover_rate": 1e-3,
     },
 )
