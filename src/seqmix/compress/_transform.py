@@ -50,13 +50,15 @@ class Needs:
 class Calibration:
     """The text that transforms may look at: windows of token ids [N, T], and the corpus that they are of.
 
-    `teacher` is the model before all steps, for transforms that learn from its predictions.
+    `teacher` is the model before all steps, for transforms that learn from its predictions. For a classifier, `labels`
+    are the classes [N] of the windows.
     """
 
     windows: Tensor
     corpus: Corpus | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     teacher: SeqmixForCausalLM | None = None
+    labels: Tensor | None = None
 
     @classmethod
     def of(
@@ -90,9 +92,12 @@ class Calibration:
 
     def first(self, tokens: int) -> Tensor:
         """As many windows [n, T] as hold at least `tokens` tokens, evenly spread; all where there are fewer."""
+        return self.windows[self.rows(tokens)]
+
+    def rows(self, tokens: int) -> Tensor:
+        """The numbers [n] of the windows that `first` takes."""
         wanted = min(len(self.windows), max(1, -(-tokens // self.windows.shape[1])))
-        chosen = torch.linspace(0, len(self.windows) - 1, wanted).round().long()
-        return self.windows[chosen]
+        return torch.linspace(0, len(self.windows) - 1, wanted).round().long()
 
     def with_at_least(self, tokens: int) -> Tensor:
         """Windows [n, T] of at least `tokens` tokens of the corpus; all of `windows` where it has no more to give."""
