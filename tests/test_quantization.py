@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from seqmix.compress import Work, parse_recipe
+from seqmix.compress._quantizers import four_bits
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import relative_error
+from seqmix.linears.int4 import Int4, packed, rounded, unpacked
 from seqmix.linears.int8 import Int8
 from seqmix.linears.tied import Tied
 from seqmix.mixers import MIXERS
@@ -116,3 +118,78 @@ def test_the_layers_can_be_chosen():
     assert type(made.model.backbone.blocks[0].mixer.query) is nn.Linear
     with pytest.raises(ConfigError, match="no dense layer"):
         quantized(made, "int8(layers=channel)")
+
+
+@pytest.mark.parametrize("inputs", [32, 96])
+@torch.no_grad()
+def test_four_bits_are_two_to_a_byte_and_multiply_as_eight(inputs):
+    dense = nn.Linear(inputs, 20)
+    layer = Int4.of(dense, *four_bits(dense.weight, 32))
+    assert layer.codes.numel() == dense.weight.numel() / 2
+    assert layer.factors.shape == (20, -(-inputs // 64))
+    x = torch.randn(3, inputs)
+    wanted = layer.to_dense()(x)
+    assert relative_error(layer(x), wanted) < 1e-3
+    again = Int4.empty(dense, **layer.options)
+    again(x)
+    again.load_state_dict(layer.state_dict())
+    assert again(x).equal(layer(x))
+    assert copy.deepcopy(layer)(x).equal(layer(x))
+
+
+def test_whole_numbers_survive_packing():
+    codes = torch.randint(-8, 8, (5, 7), dtype=torch.int8)
+    assert unpacked(packed(codes), 7).equal(codes)
+    assert packed(codes).shape == (5, 4)
+
+
+@torch.no_grad()
+def test_smaller_groups_round_better_and_a_group_of_its_own_does_not_mind_its_neighbours():
+    weight = torch.randn(16, 128)
+    weight[:, :32] *= 8
+    errors = []
+    for group in (16, 32, 128):
+        layer = Int4.of(nn.Linear(128, 16), *four_bits(weight, group))
+        errors.append(float((layer.to_dense().weight - weight)[:, 64:].norm()))
+    assert max(errors[:2]) < 0.6 * errors[2]
+    codes, factors, scale = four_bits(weight, 32)
+    step = factors * scale[:, None]
+    kept = codes.abs() < 7  # not cut off
+    moved = (codes * step.repeat_interleave(32, 1) - weight).abs()
+    assert (moved <= 0.501 * step.repeat_interleave(32, 1))[kept].all()
+
+
+@pytest.mark.parametrize("recipe", ["int4:16", "blockwise:16"])
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_every_mixer_takes_four_bits(name, recipe, tmp_path):
+    model = create(f"[{name}/glu]", width=64, heads=4, vocabulary=100).eval()
+    before = copy.deepcopy(model.state_dict())
+    made, work = quantized(model, recipe)
+    ids = torch.randint(100, (2, 9))
+    logits = made(ids).logits
+    assert logits.isfinite().all()
+    assert not logits.equal(model(ids).logits)
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    assert bytes_of(made) < 0.5 * bytes_of(model)
+    assert work.notes["layers"] > 3
+    made.save_pretrained(tmp_path)
+    assert SeqmixForCausalLM.from_pretrained(tmp_path).eval()(ids).logits.equal(logits)
+
+
+@torch.no_grad()
+def test_inputs_are_rounded_block_by_block():
+    x = torch.randn(2, 3, 64)
+    x[..., :32] *= 1000
+    near = rounded(x, 8, 32)
+    assert (
+        (near - x).abs() <= x.unflatten(-1, (2, 32)).abs().amax(-1).repeat_interleave(32, -1) / 253
+    ).all()
+    assert relative_error(near[..., 32:], x[..., 32:]) < 0.01
+    assert relative_error(rounded(x, 8, 64)[..., 32:], x[..., 32:]) > 0.3
+
+
+@pytest.mark.parametrize("recipe", ["int4:0", "int4:7", "blockwise:0", "blockwise(input_bits=1)"])
+def test_groups_that_do_not_fit_are_refused(recipe):
+    with pytest.raises(ConfigError, match=r"group=|block=|input_bits="):
+        quantized(create("attention", width=64, vocabulary=64), recipe)

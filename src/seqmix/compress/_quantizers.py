@@ -1,0 +1,107 @@
+"""Rounding of tensors, as pure functions: to steps of one size, by groups, to logarithmic levels, with a noisy bias.
+
+A quantiser of n bits here has the 2^n - 1 whole numbers from -L to L, L = 2^(n-1) - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the largest entry that may be the largest step
+LARGEST_FACTOR = 15  # of a group: four bits
+BASES = (1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.7, 2.0)  # of logarithmic levels
+
+
+def largest(bits: int) -> int:
+    """L, the largest whole number of a symmetric quantiser of so many bits."""
+    return 2 ** (bits - 1) - 1
+
+
+def to_steps(x: Tensor, step: Tensor | float, bits: int) -> Tensor:
+    """x rounded to a whole number of steps, from -L to L; `step` broadcasts to x."""
+    limit = largest(bits)
+    return (x / step).round().clamp(-limit, limit) * step
+
+
+def best_step(
+    x: Tensor, bits: int, *, dim: int | None = None, clips: Sequence[float] = CLIPS
+) -> Tensor:
+    """The step with the least squared error along `dim`, or over all, of those that leave a share `clips` unclipped.
+
+    Large entries are cut off where that serves the many small ones. Shape as x with `dim` (or every one) kept as 1.
+    """
+    dims = list(range(x.ndim)) if dim is None else [dim]
+    peak = x.abs().amax(dims, keepdim=True).clamp_min(1e-30) / largest(bits)
+    steps = torch.stack([share * peak for share in clips])
+    errors = torch.stack(
+        [(to_steps(x, step, bits) - x).square().sum(dims, keepdim=True) for step in steps]
+    )
+    return steps.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """[..., I] as [..., I / G, G]."""
+    return x.unflatten(-1, (-1, group))
+
+
+def four_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """W_oi = scale_o m_og q_oi: whole q [O, I] from -7 to 7, m [O, I / G] from 1 to 15 (int8), and scale [O].
+
+    m q is a whole number of eight bits, so that products with it need no groups.
+    """
+    grouped = in_groups(weight.detach().float(), group)
+    step = best_step(grouped, 4, dim=-1)  # [O, I / G, 1]
+    scale = (step.amax(1, keepdim=True) / LARGEST_FACTOR).clamp_min(1e-30)
+    factors = (step / scale).round().clamp(1, LARGEST_FACTOR)
+    codes = (grouped / (factors * scale)).round().clamp(-largest(4), largest(4))
+    return codes.flatten(1).to(torch.int8), factors[..., 0].to(torch.int8), scale.flatten()
+
+
+def twin_log(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin logarithmic codes of every row: levels peak_s base^-k, k = 0, 1, ..., for each sign s.
+
+    Returns codes [O, I] in int8, sign in the highest bit and k below, the largest of either sign, peaks [O, 2], and the
+    base [O] with the least squared error among `BASES`.
+    """
+    weight = weight.detach().float()
+    negative = weight < 0
+    peaks = torch.stack([weight.clamp_min(0).amax(1), (-weight).clamp_min(0).amax(1)], dim=1)
+    peaks = peaks.clamp_min(1e-30)
+    levels = 2 ** (bits - 1)
+    relative = weight.abs() / peaks.gather(1, negative.long())
+    found, best = None, None
+    for base in BASES:
+        table = base ** -torch.arange(levels, device=weight.device, dtype=weight.dtype)
+        middles = (
+            table[:-1] + table[1:]
+        ) / 2  # of neighbours: the nearest level, not the nearest logarithm
+        k = levels - 1 - torch.bucketize(relative, middles.flip(0))
+        errors = (relative - table[k]).mul(peaks.gather(1, negative.long())).square().sum(1)
+        if found is None or best is None:
+            found, best, bases = k, errors, torch.full_like(errors, base)
+        else:
+            better = errors < best
+            found = torch.where(better[:, None], k, found)
+            bases = bases.masked_fill(better, base)
+            best = torch.minimum(best, errors)
+    assert found is not None
+    return (found + levels * negative).to(torch.int8), peaks, bases
+
+
+def noisy_error(x: Tensor, amplitude: float) -> Tensor:
+    """E over N, uniform from -a to a, of (Q(x + N) - x - N)^2, for steps of size 1; x^2 near 0 without noise.
+
+    The error at u is e(u) = u - round(u), and G(u) = integral of e^2 from 0 to u; the mean is
+    (G(x + a) - G(x - a)) / 2a. Liu et al. 2022 (arXiv:2211.16056), section 3, theorem 1.
+    """
+    if amplitude == 0:
+        return (x - x.round()).square()
+
+    def integral(u: Tensor) -> Tensor:
+        whole = u.round()
+        return whole / 12 + (u - whole) ** 3 / 3
+
+    return (integral(x + amplitude) - integral(x - amplitude)) / (2 * amplitude)
