@@ -153,7 +153,7 @@ def test_finercut_takes_useless_sublayers_first(layout):
 
 
 def test_finercut_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    import seqmix.compress._greedy as greedy
+    from seqmix.compress import _greedy as greedy
 
     model, data = small("3x[attention]"), text()
     transform = TRANSFORMS.get("finercut")(remove=0.5)

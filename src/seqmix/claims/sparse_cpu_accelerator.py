@@ -14,7 +14,8 @@ from seqmix.claims._encoder import EncoderLayer, build
 from seqmix.claims._timing import median_milliseconds
 from seqmix.core.numerics import relative_error
 from seqmix.kernels import ISA
-from seqmix.layers.sparse_linear import BLOCK, SparseLinear, sparsify
+from seqmix.linears.block_sparse import BLOCK, BlockSparse
+from seqmix.linears.quantized_block_sparse import QuantizedBlockSparse
 
 OVER_DENSE, OVER_BSR, ORDER_OF_MAGNITUDE = 4.0, 3.0, 10.0  # at the highest sparsity
 OVER_DENSE_INT8, WHOLE_MODEL = 1.5, 2.0
@@ -63,12 +64,12 @@ def measure(run: Run) -> list[Finding]:
 
 @torch.inference_mode()
 def errors_of_layer(size: tuple[int, int], sparsity: float, tokens: int) -> dict[str, float]:
-    sparse = SparseLinear.from_linear(build(lambda: nn.Linear(*size)), sparsity=sparsity)
+    sparse = BlockSparse.of(build(lambda: nn.Linear(*size)), sparsity=sparsity)
     x = torch.randn(tokens, size[0], generator=torch.Generator().manual_seed(1))
-    wanted = sparse.to_linear().double()(x.double())
+    wanted = sparse.to_dense().double()(x.double())
     return {
         "float32": relative_error(sparse(x), wanted),
-        "int8": relative_error(sparse.quantized()(x), wanted),
+        "int8": relative_error(QuantizedBlockSparse.of(sparse)(x), wanted),
     }
 
 
@@ -98,10 +99,10 @@ def time_layer(
     linear = build(lambda: nn.Linear(*size, bias=False))
     x = torch.randn(tokens, size[0], generator=torch.Generator().manual_seed(1))
     columns = x.T.contiguous()
-    sparse = SparseLinear.from_linear(linear, sparsity=sparsity)
-    quantized = sparse.quantized()
+    sparse = BlockSparse.of(linear, sparsity=sparsity)
+    quantized = QuantizedBlockSparse.of(sparse)
     dense_int8 = DynamicInt8(linear)
-    csr = sparse.to_linear().weight.detach().to_sparse_csr()
+    csr = sparse.to_dense().weight.detach().to_sparse_csr()
     calls: dict[str, Callable[[], object]] = {
         "sparse float32": lambda: sparse(x),
         "sparse int8": lambda: quantized(x),
@@ -209,19 +210,28 @@ def encoder(run: Run) -> nn.Sequential:
     return built
 
 
+def with_linears(model: nn.Sequential, make: Callable[[nn.Linear], nn.Module]) -> nn.Sequential:
+    """A copy of an encoder whose linear layers are what `make` makes of them."""
+    made = copy.deepcopy(model)
+    for layer in made:
+        for name, child in list(layer.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(layer, name, make(child))
+    return made
+
+
 @torch.inference_mode()
 def time_model(run: Run, sparsity: float) -> dict[str, float]:
     dense = encoder(run)
-    int8 = copy.deepcopy(dense)
-    for layer in int8:
-        for name, child in list(layer.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(layer, name, DynamicInt8(child))
+
+    def sparse(linear: nn.Linear) -> BlockSparse:
+        return BlockSparse.of(linear, sparsity=sparsity)
+
     models = {
         "dense float32": dense,
-        "dense int8": int8,
-        "sparse float32": sparsify(copy.deepcopy(dense), sparsity),
-        "sparse int8": sparsify(copy.deepcopy(dense), sparsity, quantized=True),
+        "dense int8": with_linears(dense, DynamicInt8),
+        "sparse float32": with_linears(dense, sparse),
+        "sparse int8": with_linears(dense, lambda linear: QuantizedBlockSparse.of(sparse(linear))),
     }
     x = torch.randn(1, run["tokens"], run["width"], generator=torch.Generator().manual_seed(1))
     calls = {name: lambda model=model: model(x) for name, model in models.items()}

@@ -323,9 +323,8 @@ def cut(
         if count < units[place].count:
             entries[number] = dataclasses.replace(entries[number], **{part: resized})
             select_units(tensors, place, units[place], torch.as_tensor(rows))
-    replaced = {
-        name: layer for name, layer in spec.replaced.items() if f"model.{name}" in _owners(tensors)
-    }
+    gone = tuple(f"backbone.blocks.{number}.{part}." for number, part in removed)
+    replaced = {n: layer for n, layer in spec.replaced.items() if not n.startswith(gone)}
     spec = dataclasses.replace(spec.with_entries(entries), replaced=replaced)
     if channels is not None:
         spec = _cut_channels(tensors, spec, units, kept, torch.as_tensor(channels))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from rich.console import Console
@@ -66,6 +66,7 @@ class Calibration:
         *,
         length: int = 256,
         windows: int = 64,
+        teacher: SeqmixForCausalLM | None = None,
     ) -> Self:
         """`windows` full windows of `length` tokens, evenly spread over the corpus.
 
@@ -81,7 +82,10 @@ class Calibration:
             )
         chosen = torch.linspace(0, full - 1, min(windows, full)).round().long()
         return cls(
-            windows=packed.batch(chosen.numpy())["input_ids"], corpus=corpus, tokenizer=tokenizer
+            windows=packed.batch(chosen.numpy())["input_ids"],
+            corpus=corpus,
+            tokenizer=tokenizer,
+            teacher=teacher,
         )
 
     def first(self, tokens: int) -> Tensor:
@@ -129,7 +133,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Transform(Config, ABC):
-    """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first."""
+    """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first.
+
+    `quick` are options under which the laws of `seqmix.testing` try it on small models. `grows` says why a model may
+    take more room afterwards, where it may.
+    """
+
+    quick: ClassVar[Mapping[str, Any]] = {}
+    grows: ClassVar[str | None] = None
 
     @abstractmethod
     def fit(self, model: SeqmixForCausalLM, data: Calibration, work: Work) -> SeqmixForCausalLM:

@@ -29,7 +29,7 @@ from seqmix.linears import Replacement
 from seqmix.mixers import MIXERS, Mixer
 from seqmix.mixers._attention import AttentionConfig, AttentionMixer
 from seqmix.mixers._projection import ProjectionConfig
-from seqmix.models.backbone import LanguageModel, build_mixer
+from seqmix.models.backbone import build_mixer
 from seqmix.models.hf import SeqmixForCausalLM
 from seqmix.models.layout import parse_part
 from seqmix.models.rebuild import rebuild
@@ -49,6 +49,13 @@ def attention_blocks(model: SeqmixForCausalLM) -> list[int]:
         and block.mixer.causal
         and block.mixer.config.kept is None
     ]
+
+
+def mixer_of(model: SeqmixForCausalLM, number: int) -> Mixer:
+    """The mixer of a block that has one."""
+    mixer = model.model.backbone.blocks[number].mixer
+    assert isinstance(mixer, Mixer)
+    return mixer
 
 
 def linearized(model: SeqmixForCausalLM, to: str, blocks: Sequence[int]) -> SeqmixForCausalLM:
@@ -72,7 +79,8 @@ def linearized(model: SeqmixForCausalLM, to: str, blocks: Sequence[int]) -> Seqm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for number in blocks:
-            old = model.model.backbone.blocks[number].mixer
+            old = mixer_of(model, number)
+            assert isinstance(old, AttentionMixer)
             made = dataclasses.replace(part, options=shape_of(old.config, kind) | {**part.options})
             new = build_mixer(made, spec)
             assert new is not None
@@ -110,6 +118,7 @@ def shape_of(config: AttentionConfig, kind: type[Mixer]) -> dict[str, Any]:
         plain = AttentionConfig(width=config.width, heads=config.heads)
         given = {name: getattr(config, name) for name in shared if name != "width"}
         return {k: v for k, v in given.items() if k == "heads" or v != getattr(plain, k)}
+    assert config.head_width is not None
     ratio = config.heads * config.head_width / config.width
     options: dict[str, Any] = {
         "heads": config.heads,
@@ -148,7 +157,9 @@ def carry_over(old: AttentionMixer, new: Mixer) -> None:
     if {"groups", "state_width"} <= {*new.Config.fields()}:
         c = new.config
         maps = c.groups * c.state_width
-        _, x, B, C, _ = new.input.weight.split([c.channels, c.channels, maps, maps, c.heads])
+        _, x, B, C, _ = new.get_parameter("input.weight").split(
+            [c.channels, c.channels, maps, maps, c.heads]
+        )
         names = ("value.weight of every head", "key.weight of every head", "query.weight")
         for part, name in zip((x, B, C), names, strict=True):
             if part.shape == known[name].shape:
@@ -166,15 +177,14 @@ def _dense(mixer: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(
-    model: LanguageModel, blocks: Sequence[int], see: Callable[[int, Tensor, Tensor], None]
+    model: SeqmixForCausalLM, blocks: Sequence[int], see: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
     """Inside the block, every call of a mixer gives its number, its input and its output to `see`."""
 
     def hook(number: int) -> Any:
         return lambda module, inputs, outputs: see(number, inputs[0], outputs[0])
 
-    mixers = model.backbone.blocks
-    handles = [mixers[number].mixer.register_forward_hook(hook(number)) for number in blocks]
+    handles = [mixer_of(model, number).register_forward_hook(hook(number)) for number in blocks]
     try:
         yield
     finally:
@@ -192,7 +202,7 @@ def inputs_and_outputs(
     def see(number: int, x: Tensor, y: Tensor) -> None:
         found[number] = (x, y)
 
-    with _watched(model.model, blocks, see):
+    with _watched(model, blocks, see):
         model.model.backbone(model.model.embedding(ids))
     return found
 
@@ -201,9 +211,9 @@ def relative_errors(
     student: SeqmixForCausalLM, pairs: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, Tensor]:
     """|new(x) - y|^2 / |y|^2 of the student's mixers for `inputs_and_outputs`."""
-    mixers = student.model.backbone.blocks
     return {
-        number: (mixers[number].mixer(x)[0] - y).square().sum() / y.square().sum().clamp_min(1e-12)
+        number: (mixer_of(student, number)(x)[0] - y).square().sum()
+        / y.square().sum().clamp_min(1e-12)
         for number, (x, y) in pairs.items()
     }
 
@@ -240,7 +250,7 @@ def transfer(
     model.eval()
     student.requires_grad_(False)
     for number in blocks:
-        student.model.backbone.blocks[number].mixer.requires_grad_(True)
+        mixer_of(student, number).requires_grad_(True)
     plan = Plan(
         steps=steps,
         tokens_per_step=batch * windows.shape[1],

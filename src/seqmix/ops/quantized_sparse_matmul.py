@@ -77,7 +77,7 @@ def _check_blocks(blocks: Tensor, outputs: int, offsets: Tensor) -> None:
     if blocks.dtype != torch.int8:
         raise DtypeError(
             f"quantized_sparse_matmul: `blocks` has dtype {blocks.dtype}, wanted int8. "
-            "Use QuantizedSparseLinear, which rounds weights."
+            "Use QuantizedBlockSparse, which rounds weights."
         )
     if blocks.ndim != 3 or tuple(blocks.shape[1:]) != (SIDE, SIDE):
         raise ShapeError(

@@ -83,7 +83,11 @@ class Workbench:
         self.tokenizer = tokenizer
         calibration, held_out = split_text(corpus, CALIBRATION_SHARE)
         self.calibration = Calibration.of(
-            calibration, tokenizer, length=settings.length, windows=settings.windows
+            calibration,
+            tokenizer,
+            length=settings.length,
+            windows=settings.windows,
+            teacher=self.original,
         )
         backend = backend_of(tokenizer)
         self._held_out = HeldOut(
