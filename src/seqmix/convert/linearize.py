@@ -176,6 +176,19 @@ def _dense(mixer: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inside the block, models are in evaluation mode."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+
+@contextmanager
 def _watched(
     model: SeqmixForCausalLM, blocks: Sequence[int], see: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
@@ -247,7 +260,6 @@ def transfer(
     One pass of `model` teaches all of them, and no gradient passes through it. With `folder`, a run that was stopped
     goes on. Windows are drawn in an order that changes with every pass over them.
     """
-    model.eval()
     student.requires_grad_(False)
     for number in blocks:
         mixer_of(student, number).requires_grad_(True)
@@ -266,7 +278,8 @@ def transfer(
         return torch.stack(list(relative_errors(trained, pairs).values())).sum()
 
     try:
-        return run(student, in_turns(windows, batch, seed), plan, folder=folder, loss=loss)
+        with _evaluating(model):
+            return run(student, in_turns(windows, batch, seed), plan, folder=folder, loss=loss)
     finally:
         student.requires_grad_(True)
 
@@ -293,26 +306,33 @@ def damages(
 
     The mean over the tokens of windows [N, T] of KL(p || q) in nats, p the next-token distribution of `model`.
     """
+    with _evaluating(model, student):
+        rows = [_damages(student, model, blocks, ids) for ids in windows]
+    return {number: float(np.mean([row[number] for row in rows])) for number in blocks}
+
+
+def _damages(
+    student: SeqmixForCausalLM, model: SeqmixForCausalLM, blocks: Sequence[int], ids: Tensor
+) -> dict[int, float]:
+    """`damages` of one window [T]."""
     inside, new = model.model, student.model.backbone.blocks
-    model.eval(), student.eval()
-    total = dict.fromkeys(blocks, 0.0)
-    for ids in windows:
-        x: dict[int, Tensor] = {}
+    x: dict[int, Tensor] = {}
+    found: dict[int, float] = {}
 
-        def see(module: nn.Module, inputs: tuple[Tensor, ...], known: Any = x) -> None:
-            known[len(known)] = inputs[0]
+    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x[len(x)] = inputs[0]
 
-        handles = [block.register_forward_pre_hook(see) for block in inside.backbone.blocks]
-        try:
-            p = inside(ids[None])[0].float().log_softmax(-1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for number in blocks:
-            y, _ = new[number](x[number])
-            for block in inside.backbone.blocks[number + 1 :]:
-                y, _ = block(y)
-            y = y if inside.backbone.norm is None else inside.backbone.norm(y)
-            q = inside.head(y).float().log_softmax(-1)
-            total[number] += float((p.exp() * (p - q)).sum(-1).mean())
-    return {number: value / len(windows) for number, value in total.items()}
+    handles = [block.register_forward_pre_hook(see) for block in inside.backbone.blocks]
+    try:
+        p = inside(ids[None])[0].float().log_softmax(-1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for number in blocks:
+        y, _ = new[number](x[number])
+        for block in inside.backbone.blocks[number + 1 :]:
+            y, _ = block(y)
+        y = y if inside.backbone.norm is None else inside.backbone.norm(y)
+        q = inside.head(y).float().log_softmax(-1)
+        found[number] = float((p.exp() * (p - q)).sum(-1).mean())
+    return found
