@@ -348,7 +348,7 @@ def test_axformer_takes_what_does_not_help_and_is_no_worse(layout):
     before, after = work.notes["loss"]
     assert after <= before
     assert "1 mixer" in work.notes["removed"]
-    found = pruned(input_ids=data.windows, labels=data.windows, use_cache=False).loss
+    found = pruned(input_ids=data.windows, labels=data.windows, use_cache=False).loss.detach()
     assert float(found) == pytest.approx(after, rel=1e-4)
     assert len(sublayers(model)) == 4
 
@@ -375,7 +375,7 @@ def test_axformer_prunes_a_classifier_by_its_labels():
     data = Calibration(windows=windows, labels=torch.randint(3, (6,)))
     work = Work()
     pruned = TRANSFORMS.get("axformer")().fit(model, data, work)
-    found = pruned(input_ids=windows, labels=data.labels).loss
+    found = pruned(input_ids=windows, labels=data.labels).loss.detach()
     assert float(found) == pytest.approx(work.notes["loss"][1], rel=1e-4)
     with pytest.raises(DataError, match="labels"):
         TRANSFORMS.get("axformer")().fit(model, Calibration(windows=windows), Work())

@@ -51,7 +51,7 @@ class VTrans(Transform):
     steps: int = 50  # of training
     batch: int = 4  # windows in a step
     rate: float = 0.0  # learning rate of the weights; 0: only the masks learn
-    strength: float = 0.1  # of the bottleneck
+    strength: float = 0.03  # of the bottleneck
     seed: int = 0
 
     def __post_init__(self) -> None:
