@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqmix.linears.twin_log import from_log
+
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the largest entry that may be the largest step
 LARGEST_FACTOR = 15  # of a group: four bits
-BASES = (1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.7, 2.0)  # of logarithmic levels
+BASES = (1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.7, 2.0, 2.5)  # of logarithmic levels
+SAMPLE = 128  # weights of a row, by which its base is chosen
 
 
 def largest(bits: int) -> int:
@@ -63,32 +66,36 @@ def four_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 def twin_log(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Twin logarithmic codes of every row: levels peak_s base^-k, k = 0, 1, ..., for each sign s.
 
-    Returns codes [O, I] in int8, sign in the highest bit and k below, the largest of either sign, peaks [O, 2], and the
-    base [O] with the least squared error among `BASES`.
+    Returns codes [O, I] in int8, sign in the highest bit and k below, peaks [O, 2] of the positive and the negative
+    levels, and bases [O]. Of `CLIPS` (shares of the largest weight of either sign that the peaks are) and `BASES`, a
+    row has those with the least squared error on `SAMPLE` of its weights.
     """
     weight = weight.detach().float()
-    negative = weight < 0
-    peaks = torch.stack([weight.clamp_min(0).amax(1), (-weight).clamp_min(0).amax(1)], dim=1)
-    peaks = peaks.clamp_min(1e-30)
+    largest_of = torch.stack([weight.clamp_min(0).amax(1), (-weight).clamp_min(0).amax(1)], dim=1)
+    sample = weight[:, :: -(-weight.shape[1] // SAMPLE)]
+    best = weight.new_full((len(weight),), torch.inf)
+    peaks, bases = torch.ones_like(largest_of), torch.ones_like(best)
+    for share in CLIPS:
+        for base in BASES:
+            tried = (share * largest_of.clamp_min(1e-30), torch.full_like(best, base))
+            error = (
+                (from_log(_log_codes(sample, *tried, bits), *tried, bits) - sample).square().sum(1)
+            )
+            better = error < best
+            best = torch.where(better, error, best)
+            peaks[better], bases[better] = tried[0][better], base
+    return _log_codes(weight, peaks, bases, bits), peaks, bases
+
+
+def _log_codes(weight: Tensor, peaks: Tensor, bases: Tensor, bits: int) -> Tensor:
+    """The codes of the nearest levels."""
     levels = 2 ** (bits - 1)
+    negative = weight < 0
+    table = bases.unsqueeze(1) ** -torch.arange(levels, device=weight.device, dtype=weight.dtype)
+    middles = ((table[:, :-1] + table[:, 1:]) / 2).flip(1).contiguous()
     relative = weight.abs() / peaks.gather(1, negative.long())
-    found, best = None, None
-    for base in BASES:
-        table = base ** -torch.arange(levels, device=weight.device, dtype=weight.dtype)
-        middles = (
-            table[:-1] + table[1:]
-        ) / 2  # of neighbours: the nearest level, not the nearest logarithm
-        k = levels - 1 - torch.bucketize(relative, middles.flip(0))
-        errors = (relative - table[k]).mul(peaks.gather(1, negative.long())).square().sum(1)
-        if found is None or best is None:
-            found, best, bases = k, errors, torch.full_like(errors, base)
-        else:
-            better = errors < best
-            found = torch.where(better[:, None], k, found)
-            bases = bases.masked_fill(better, base)
-            best = torch.minimum(best, errors)
-    assert found is not None
-    return (found + levels * negative).to(torch.int8), peaks, bases
+    k = levels - 1 - torch.searchsorted(middles, relative)
+    return (k + levels * negative).to(torch.int8)
 
 
 def noisy_error(x: Tensor, amplitude: float) -> Tensor:

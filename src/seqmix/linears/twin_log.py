@@ -76,11 +76,8 @@ class TwinLog(Replacement):
 
     def weight(self) -> Tensor:
         """V [outputs, inputs]."""
-        codes = unpacked(self.codes, self.in_features).long() + ZERO
-        levels = 2 ** (self.bits - 1)
-        negative = codes >= levels
-        size = self.peaks.gather(1, negative.long()) * self.bases.unsqueeze(1) ** -(codes % levels)
-        return torch.where(negative, -size, size)
+        codes = unpacked(self.codes, self.in_features) + ZERO
+        return from_log(codes, self.peaks, self.bases, self.bits)
 
     def turned(self, x: Tensor) -> Tensor:
         """R x."""
@@ -113,6 +110,14 @@ class TwinLog(Replacement):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rotated={self.rotated}"
+
+
+def from_log(codes: Tensor, peaks: Tensor, bases: Tensor, bits: int) -> Tensor:
+    """The weights [O, I] that codes [O, I] stand for: the sign in the highest bit, k below."""
+    levels = 2 ** (bits - 1)
+    table = bases.unsqueeze(1) ** -torch.arange(levels, device=codes.device, dtype=bases.dtype)
+    signed = torch.cat([peaks[:, :1] * table, -peaks[:, 1:] * table], dim=1)  # [O, 2 levels]
+    return signed.gather(1, codes.long())
 
 
 def rotation(x: Tensor, v: Tensor) -> Tensor:
