@@ -183,9 +183,9 @@ CLAIM = Claim(
     },
     full={
         "model": "smollm2-135m",
-        "instructions": 8,
+        "instructions": 6,
         "tests": 8,
-        "new tokens": 256,
+        "new tokens": 288,
         "rounds": 2,
         "attempts": 2,
         "training": {"epochs": 2, "learning_rate": 5e-4},
