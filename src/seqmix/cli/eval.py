@@ -75,10 +75,10 @@ def _harness(
     model: str, tasks: str, include: Path | None, limit: int | None
 ) -> dict[str, dict[str, float]]:
     from seqmix.measure.harness import harness
-    from seqmix.models.pretrained import load
+    from seqmix.models.pretrained import load_language_model
 
     with work(resume="Nothing is kept of an evaluation: the same command starts again."):
-        made, tokenizer = load(model)
+        made, tokenizer = load_language_model(model)
         if tokenizer is None:
             raise ConfigError(f"{model} comes without a tokenizer, which the harness needs.")
         names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -13,8 +13,6 @@ Axes: B batch, T time.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +42,7 @@ def score_with_optimized_states(
         raise RangeError(
             f"window={window}, rate={rate}, steps={steps}, wanted at least 1, 0 and 1."
         )
-    inside = cast("LanguageModel", model.model)
+    inside = model.model
     state: State = None
     scores = []
     pieces = zip(ids[:, :-1].split(window, 1), ids[:, 1:].split(window, 1), strict=True)
