@@ -98,11 +98,9 @@ class Space:
             if not share or bits == 32:
                 continue
             if name == EMBEDDING:
-                for part in ("embedding", "head"):
-                    if part == "head" and made.config.to_spec().tied:
-                        layers[part] = Tied()
-                    else:
-                        layers[part] = Int8.of(made.model.get_submodule(part))
+                tied = made.config.to_spec().tied
+                layers["embedding"] = Int8.of(made.model.embedding)
+                layers["head"] = Tied() if tied else Int8.of(made.model.head)
             else:
                 place = f"blocks.{name.replace(' ', '.')}."
                 found = chosen(made, place, embedding=False)
