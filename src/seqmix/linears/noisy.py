@@ -46,8 +46,8 @@ class Noisy(Replacement):
     @classmethod
     def empty(cls, dense: nn.Linear, *, bits: int) -> Self:
         weight = dense.weight.data
-        zeros = [weight.new_zeros(*shape) for shape in ((len(weight),), (weight.shape[1],))]
-        return cls(torch.zeros_like(weight), *zeros, weight.new_zeros(()), bits=bits)
+        bias, noise = weight.new_zeros(len(weight)), weight.new_zeros(weight.shape[1])
+        return cls(torch.zeros_like(weight), bias, noise, weight.new_zeros(()), bits=bits)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,8 +61,12 @@ class Noisy(Replacement):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        dense = nn.Linear(self.in_features, self.out_features, **like)
+        dense = nn.Linear(
+            self.in_features,
+            self.out_features,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
         dense.weight.copy_(self.weight)
         dense.bias.copy_(self.bias + self.weight @ self.noise)
         return dense
