@@ -11,7 +11,7 @@ BUDGET := decode_ms<2@8192, memory_mb<400
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench kernels sanitize
+.PHONY: help demo test lint docs bench compression kernels sanitize
 
 help:
 	@echo "make demo   compare six architectures on Shakespeare and write $(DEMO)/report.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   build the documentation into site/"
 	@echo "make bench  time every form of every operator, and the speeds to reach"
+	@echo "make compression  compress SmolLM2-135M, for the page Models made cheaper"
 	@echo "make kernels   compile what has changed in csrc/"
 	@echo "make sanitize  compile csrc/ with sanitizers and run the tests of operators on it"
 
@@ -30,6 +31,15 @@ demo: $(VENV)/compare.stamp $(VENV)/assets.stamp
 test: $(VENV)/test.stamp $(VENV)/assets.stamp
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 	SEQMIX_NATIVE=0 $(BIN)/python -m pytest -n 2 -q tests/test_mixers.py tests/test_models.py
+
+# What docs/compression keeps: hours of two cores at most, and a stopped run goes on.
+COMPRESS := $(BIN)/seqmix compress smollm2-135m --data shakespeare
+compression: $(VENV)/test.stamp $(VENV)/assets.stamp
+	$(COMPRESS) --recipe int8 --out runs/compression/int8
+	$(COMPRESS) --recipe "finercut:0.25 | int8" --out runs/compression/finercut-int8
+	$(COMPRESS) --budget "latency<0.7x, loss<1.1x" --trials 12 --questions 0 --passkey-length 0 \
+		--evaluation-tokens 4096 --out runs/compression/budget
+	for name in int8 finercut-int8 budget; do cp runs/compression/$$name/result.json docs/compression/$$name.json; done
 
 # Installing configured build/editable for this environment; see docs/native-kernels.md for one instruction set only.
 kernels: $(VENV)/test.stamp

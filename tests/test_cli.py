@@ -12,6 +12,7 @@ from importlib import import_module
 
 import pytest
 import torch
+import transformers
 from typer.main import get_command
 
 from seqmix import __version__
@@ -143,6 +144,18 @@ def test_explain_layout_counts_what_the_model_has(command):
     assert record["parameters"] == count_parameters(ModelSpec(layout=layout, width=32, heads=2))
     assert [block["entry"] for block in record["blocks"]][-1] == "gated_delta_net/none"
     assert "prefill flops" in command("explain", layout)[1]
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("LlamaConfig", "attention"), ("Gemma2Config", None)])
+def test_explain_a_model_shows_its_layout_or_why_it_has_none(command, tmp_path, kind, layout):
+    config = getattr(transformers, kind)(num_hidden_layers=2, vocab_size=64)
+    config.save_pretrained(tmp_path)
+    records = answer(command("explain", tmp_path, "--json"))
+    assert records["model"]["class"] == kind.replace("Config", "ForCausalLM")
+    if layout is None:
+        assert "model_type='gemma2'" in records["model"]["not imported"]
+    else:
+        assert [b["entry"].partition("(")[0] for b in records["layout"]["blocks"]] == [layout] * 2
 
 
 def test_a_layout_that_does_not_parse_shows_a_caret(command):

@@ -206,3 +206,24 @@ def test_tied_weights_count_once(trained):
     assert stored_bytes(model.model) == 4 * numbers
     assert Calibration(windows=torch.zeros(4, 8)).first(9).shape == (2, 8)
     assert Work().remember("x", lambda: 3) == 3
+
+
+def test_attention_gives_way_to_another_mixer(trained, tmp_path):
+    model, text = trained
+    made = seqmix.convert(
+        model,
+        text,
+        to="liger",
+        keep_attention=0.5,
+        transfer_tokens=256,
+        recover_tokens=128,
+        out=tmp_path / "liger",
+        progress=False,
+        context=32,
+        **SMALL,
+    )
+    kinds = [type(block.mixer).__name__ for block in made.model.model.backbone.blocks]
+    assert sorted(kinds) == ["Attention", "Liger", "Mamba2"]
+    assert len(made.steps) == 3
+    with pytest.raises(ConfigError, match="follows from `to`"):
+        seqmix.convert(model, text, to="liger", out=tmp_path / "x", recipe="int8")

@@ -48,7 +48,7 @@ def test_every_causal_mixer_learns_what_attention_gives(to, tmp_path):
     model = tiny()
     before = copy.deepcopy(model.state_dict())
     work = Work()
-    made = fit(f"linearize:{to}(keep=0.34, transfer_tokens=144)", model, work)
+    made = fit(f"linearize:{to}(keep=0.34, transfer_tokens=144, learning_rate=0.001)", model, work)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     errors = work.notes["errors"].values()
     exact = to == "windowed_attention"  # a window longer than the text

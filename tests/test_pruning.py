@@ -14,7 +14,7 @@ from seqmix.compress._structure import (
     units_of,
     without,
 )
-from seqmix.core.errors import ConfigError
+from seqmix.core.errors import ConfigError, DataError
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.encoder import SeqmixForSequenceClassification
 from seqmix.models.hf import SeqmixConfig, SeqmixForCausalLM, create
@@ -153,7 +153,7 @@ def test_finercut_takes_useless_sublayers_first(layout):
 
 
 def test_finercut_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    import seqmix.compress._greedy as greedy
+    from seqmix.compress import _greedy as greedy
 
     model, data = small("3x[attention]"), text()
     transform = TRANSFORMS.get("finercut")(remove=0.5)
@@ -286,3 +286,96 @@ def test_spectral_clusters_find_blocks_and_leave_none_empty():
     groups = spectral_clusters(torch.ones(5, 5).double(), 4)
     assert len(groups) == 4
     assert all(groups)
+
+
+@pytest.mark.parametrize("layout", ["attention", "mamba", "hybrid", "experts"])
+def test_folded_masks_act_as_the_masks_did(layout):
+    from seqmix.compress.vtrans import Masks
+
+    model = small(LAYOUTS[layout])
+    masks, ids = Masks(model), text().windows
+    with torch.no_grad():
+        for place in masks.mean:
+            masks.mean[place].uniform_(0.5, 1.5)
+            masks.variance[place].fill_(-100.0)
+    with masks.applied():
+        wanted = logits(model, ids)
+    assert not torch.allclose(wanted, logits(model, ids), atol=1e-3)
+    close(logits(masks.folded(), ids), wanted, 1e-4)
+
+
+def test_vtrans_takes_units_and_channels_that_carry_nothing():
+    model = small("2x[attention(heads=4)/glu(hidden=16)]")
+    with torch.no_grad():
+        for place in sublayers(model):
+            sublayer(model, place).output.weight[[3, 9]] = 0
+        model.model.embedding.weight.mul_(20)  # so that predictions differ
+        model.model.embedding.weight[:, [3, 9]] = 0
+        for number in range(2):
+            sublayer(model, (number, "channel")).output.weight[:, :4] = 0
+    work = Work()
+    before = logits(model, text().windows[:1] * 0)
+    pruned = TRANSFORMS.get("vtrans")(remove=0.1, steps=40, strength=0.1).fit(model, text(8), work)
+    assert work.notes["channels"] <= 30
+    assert model.model.embedding.weight.shape == (50, 32)
+    for number in range(2):
+        channel = sublayer(pruned, (number, "channel"))
+        assert (channel.output.weight.norm(dim=0) > 0).sum() == 12  # none of those that write
+    assert work.notes["weights left"] == pytest.approx(0.9, abs=0.05)
+    close(logits(model, text().windows[:1] * 0), before)
+
+
+def test_vtrans_trains_weights_where_it_is_told_to():
+    model = small(LAYOUTS["attention"])
+    data = text(8)
+    make = TRANSFORMS.get("vtrans")
+    torch.manual_seed(0)
+    frozen = make(remove=0.0, steps=2).fit(model, data, Work())
+    trained = make(remove=0.0, steps=2, rate=1e-2).fit(model, data, Work())
+    norm = "model.backbone.norm.weight"  # no mask is folded into it
+    assert torch.equal(frozen.state_dict()[norm], model.state_dict()[norm])
+    assert not torch.equal(trained.state_dict()[norm], model.state_dict()[norm])
+    assert all(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("layout", ["attention", "mamba", "hybrid", "experts"])
+def test_axformer_takes_what_does_not_help_and_is_no_worse(layout):
+    model = small(LAYOUTS[layout])
+    work, data = Work(), text(4)
+    with torch.no_grad():
+        sublayer(model, (1, "mixer")).output.weight.zero_()
+    pruned = TRANSFORMS.get("axformer")().fit(model, data, work)
+    before, after = work.notes["loss"]
+    assert after <= before
+    assert "1 mixer" in work.notes["removed"]
+    found = pruned(input_ids=data.windows, labels=data.windows, use_cache=False).loss.detach()
+    assert float(found) == pytest.approx(after, rel=1e-4)
+    assert len(sublayers(model)) == 4
+
+
+def test_axformer_keeps_what_the_task_needs():
+    model = small("attention(heads=4)/mlp(hidden=16)")
+    ids = torch.arange(50).repeat(2)[None, :24]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    work = Work()
+    TRANSFORMS.get("axformer")().fit(model, Calibration(windows=ids), work)
+    assert work.notes["removed"] != ["0 channel", "0 mixer"]
+    assert work.notes["loss"][1] <= work.notes["loss"][0]
+
+
+def test_axformer_prunes_a_classifier_by_its_labels():
+    spec = ModelSpec(layout="2x[bidirectional_attention/mlp(hidden=16)]", width=32, vocabulary=50)
+    model = SeqmixForSequenceClassification(SeqmixConfig.from_spec(spec, num_labels=3)).eval()
+    windows = text(6).windows
+    data = Calibration(windows=windows, labels=torch.randint(3, (6,)))
+    work = Work()
+    pruned = TRANSFORMS.get("axformer")().fit(model, data, work)
+    found = pruned(input_ids=windows, labels=data.labels).loss.detach()
+    assert float(found) == pytest.approx(work.notes["loss"][1], rel=1e-4)
+    with pytest.raises(DataError, match="labels"):
+        TRANSFORMS.get("axformer")().fit(model, Calibration(windows=windows), Work())

@@ -36,7 +36,7 @@ FULL = {
     "width": 64,
     "heads": 4,
     "hidden": 256,
-    "steps": 500,
+    "steps": 300,
     "batch": 32,
     "learning_rate": 2e-3,
 }

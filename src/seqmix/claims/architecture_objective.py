@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from seqmix.claims._answers import Answer
 from seqmix.claims._claim import Claim, Finding, Run, Verdict, compare_groups
 from seqmix.models.backbone import ModelSpec
-from seqmix.objectives import OBJECTIVES, Objective, TargetObjective, target_logits
+from seqmix.objectives import OBJECTIVES, Objective, target_logits
 
 VALUES = 8  # of every attribute, each a token of its own
 SHARES = (1 / 3, 2 / 3)  # of the steps from scratch, that adaptations get
@@ -79,13 +80,6 @@ class World:
         draw = np.random.default_rng([self.seed, split])
         told = self.texts(count, split)[:, : 4 * self.run["told"]]
         return torch.cat([told, self.sentences((count, 1), draw, asked)[:, 0, :3]], dim=1)
-
-
-class Answer(TargetObjective):
-    """Multitask fine-tuning: the last token is the answer to what comes before it."""
-
-    def inputs(self, ids: Tensor, generator: Generator) -> dict[str, Tensor]:
-        return {"source": ids[:, :-1], "target": ids[:, -1:]}
 
 
 def new_model(run: Run, world: World, architecture: str, seed: int) -> Any:
@@ -157,7 +151,7 @@ def judged(run: Run, world: World, model: Any, name: str, seed: int) -> dict[str
     train_objective(
         model,
         world.prompts(run["texts"], 4, world.seen),
-        Answer(),
+        Answer(tokens=1),
         steps=run["tuning_steps"],
         batch=run["batch"],
         learning_rate=run["tuning_rate"],

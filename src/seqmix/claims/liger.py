@@ -1,4 +1,8 @@
-"""Liger: a pretrained Transformer as a gated recurrence without new parameters (Lan et al. 2025)."""
+"""Liger: a pretrained Transformer as a gated recurrence without new parameters (Lan et al. 2025).
+
+Beyond the paper, the window of attention keeps the first token of a text: the model puts the weights there that it has
+no use for, and a window without it changes many times as much.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ def described(run: Run, given: Source, model: Any) -> dict[str, Any]:
 
 def converted(run: Run, given: Source) -> dict[str, Any]:
     """Every layer Liger, and three of four, from one transfer; each then recovers for the same tokens."""
-    student, steps = taught(run, given, "liger")
+    student, steps = taught(run, given, run["to"])
     hybrid, kept = hybrid_of(run, given, student)
     return {
         "transfer": steps,
@@ -75,7 +79,7 @@ def findings(run: Run, original: dict[str, Any], found: dict[str, Any]) -> list[
         Finding(
             "The conversion adds no parameters.",
             "as many as before, in every layer converted",
-            {"added": added, "parameters": whole["parameters"]},
+            {"added": added, "parameters": whole["parameters"], "mixer": run["to"]},
             "reproduced" if added == 0 else "not reproduced",
         ),
         Finding(
@@ -102,7 +106,8 @@ def findings(run: Run, original: dict[str, Any], found: dict[str, Any]) -> list[
             else "not reproduced",
         ),
         Finding(
-            "With three of four layers converted, passkeys are found at the length of the conversion.",
+            "With three of four layers converted, passkeys are found at the length of the conversion (a quarter of the "
+            "texts that it learns from are passkeys of other numbers).",
             f"at least {KEPT:.0%} of the original's accuracy at {length} tokens",
             {
                 "original": before,
@@ -130,6 +135,7 @@ CLAIM = Claim(
     measure=measure,
     quick={
         "model": "tiny",
+        "to": "liger(window=32, sinks=1)",
         "layout": "4x[attention]",
         "data": OWN_SOURCE,
         "length": 192,
@@ -138,21 +144,22 @@ CLAIM = Claim(
         "passkeys": 2,
         "damage_windows": 1,
         "transfer_tokens": 384,
-        "transfer_rate": 1e-3,
+        "transfer_rate": 3e-3,
         "recover_tokens": 384,
         "recover_rate": 1e-3,
     },
     full={
         "model": "smollm2-135m",
+        "to": "liger(window=64, sinks=1)",
         "data": "shakespeare",
         "length": 256,
-        "windows": 48,
-        "held_out": 8,
+        "windows": 32,
+        "held_out": 6,
         "passkeys": 10,
         "damage_windows": 1,
-        "transfer_tokens": 8192,
-        "transfer_rate": 1e-3,
-        "recover_tokens": 8192,
+        "transfer_tokens": 6144,
+        "transfer_rate": 3e-3,
+        "recover_tokens": 4096,
         "recover_rate": 1e-3,
     },
 )

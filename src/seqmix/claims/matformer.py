@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqmix.claims._bytes import ROWS, VOCABULARY, byte_windows, loss_on, spread
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
 from seqmix.claims._timing import median_milliseconds
 from seqmix.claims._training import QUICK_TEXT
-from seqmix.data.language_modelling import language_modelling
 
 SIZES = (0.125, 0.25, 0.5, 1.0)  # shares of the neurons: S, M, L and XL
 NEAR = 0.01  # share by which a loss may be higher
@@ -36,17 +35,6 @@ def measure(run: Run) -> list[Finding]:
     ]
 
 
-@cache
-def text(data: str, length: int) -> tuple[Tensor, Tensor]:
-    """Windows [N, T] of bytes to train on, and others that are held out."""
-    parts = language_modelling(data, length=length)
-    train, held_out = (part.packed for part in (parts.train, parts.validation))
-    return tuple(
-        part.batch(range(part.windows - (part.pad is not None)))["input_ids"]
-        for part in (train, held_out)
-    )
-
-
 def new_model(run: Run, share: float, seed: int) -> Any:
     from seqmix.models.hf import create
 
@@ -54,7 +42,7 @@ def new_model(run: Run, share: float, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layout = f"{run['depth']}x[attention(heads=4)/mlp(hidden={hidden})]"
-        return create(layout, width=run["width"], vocabulary=258)
+        return create(layout, width=run["width"], vocabulary=VOCABULARY)
 
 
 def trained(run: Run, model: Any, shares: tuple[float, ...], seed: int) -> Any:
@@ -64,7 +52,7 @@ def trained(run: Run, model: Any, shares: tuple[float, ...], seed: int) -> Any:
 
     train_objective(
         model,
-        text(run["data"], run["length"])[0],
+        byte_windows(run["data"], run["length"])[0],
         Nested(one_share(run["depth"], shares)),
         steps=run["steps"] * len(shares),
         batch=run["batch"],
@@ -108,17 +96,12 @@ def describe(run: Run, models: dict[float, Any]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def point(run: Run, model: Any) -> dict[str, float]:
-    """Parameters, and nats per byte of the held-out windows."""
-    rows = held_out(run).split(64)
-    losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in rows]
-    return {"parameters": model.num_parameters(), "loss": sum(losses) / len(held_out(run))}
+    return {"parameters": model.num_parameters(), "loss": loss_on(model, held_out(run))}
 
 
 def held_out(run: Run) -> Tensor:
-    windows = text(run["data"], run["length"])[1]
-    return windows[torch.linspace(0, len(windows) - 1, run["rows"]).round().long()]
+    return spread(byte_windows(run["data"], run["length"])[1], run["rows"])
 
 
 @torch.no_grad()
@@ -126,7 +109,7 @@ def agreement(run: Run, model: Any, whole: Any) -> float:
     """The share of held-out places where both find the same byte the most likely."""
     same = [
         (model(input_ids=part).logits.argmax(-1) == whole(input_ids=part).logits.argmax(-1)).float()
-        for part in held_out(run).split(64)
+        for part in held_out(run).split(ROWS)
     ]
     return float(torch.cat(same).mean())
 
@@ -327,7 +310,7 @@ CLAIM = Claim(
         "depth": 2,
         "hidden": 3072,
         "batch": 8,
-        "steps": 160,
+        "steps": 120,
         "learning_rate": 2e-3,
         "rows": 256,
         "prompt": 32,

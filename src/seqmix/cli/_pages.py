@@ -17,8 +17,8 @@ Record = dict[str, Any]
 
 
 def pages(docs: Path) -> dict[str, str]:
-    """Markdown by file name; `docs` holds the kept results: `claims/ID.json` of `seqmix reproduce`, and
-    `speed.json` of `seqmix bench --floors`.
+    """Markdown by file name; `docs` holds the kept results: `claims/ID.json` of `seqmix reproduce`, `speed.json` of
+    `seqmix bench --floors`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
     """
     return {
         "operators.md": "\n".join(_operators()),
@@ -29,6 +29,7 @@ def pages(docs: Path) -> dict[str, str]:
         "transforms.md": "\n".join(_transforms()),
         "claims.md": "\n".join(_claims(docs / "claims")),
         "speed.md": "\n".join(_speed(docs / "speed.json")),
+        "compression.md": "\n".join(_compression(docs / "compression")),
     }
 
 
@@ -231,6 +232,52 @@ def _config(fields: Sequence[Record]) -> Iterator[str]:
 def _index(records: Sequence[Record]) -> Iterator[str]:
     rows = [[f"[{r['name']}](#{r['name']})", r["description"]] for r in records]
     yield from _table(["", ""], rows)
+
+
+FIGURES = ("size_mb", "flops", "prefill_ms", "decode_ms", "loss", "zero_shot", "passkey")
+
+
+def _compression(folder: Path) -> Iterator[str]:
+    yield "# Models made cheaper\n"
+    yield (
+        "What `seqmix compress` and `seqmix convert` gave, each by one command (`make compression` runs them). Quality "
+        "is measured on held-out text; times are medians of calls in turn within one run. Nothing here is typed.\n"
+    )
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        arguments, machine = record["arguments"], record["machine"]
+        yield f"\n## {path.stem}\n\n{arguments['model']}, {arguments['data']}: `{record['recipe']}`\n"
+        rows = []
+        for step in record["steps"]:
+            shares, figures = step["relative"], step["figures"]
+            cells = [
+                f"{figures[name]:.4g}" + (f" ({shares[name]:.3f}x)" if name in shares else "")
+                for name in FIGURES
+            ]
+            rows.append([step["recipe"].rpartition("|")[2].strip() or "original", *cells])
+        yield from _table(["after", *(name.replace("_", " ") for name in FIGURES)], rows)
+        if found := record["frontier"]:
+            metrics = found["metrics"]
+            yield f"\nSearched for `{arguments['budget']}` in {arguments['trials']} trials:\n"
+            worked = [trial for trial in found["trials"] if not trial["failed"]]
+            yield from _table(
+                ["recipe", *metrics, "frontier"],
+                [
+                    [
+                        f"`{trial['recipe']}`",
+                        *(f"{trial['relative'][m]:.3f}x" for m in metrics),
+                        "yes" if trial["recipe"] in found["frontier"] else "",
+                    ]
+                    for trial in sorted(worked, key=lambda trial: trial["relative"][metrics[0]])
+                ],
+            )
+            yield "\nMethods that a combination beats in every metric at one of their strengths:\n"
+            rows = [[m, f"`{r}`" if r else "none"] for m, r in found["dominated methods"].items()]
+            yield from _table(["method", "beaten by"], rows)
+        yield (
+            f"\n{machine['cpu']}, {machine['threads']} threads, kernels for {machine['instruction_set']}, commit "
+            f"{machine['commit']}.\n"
+        )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import typer
 
 from seqmix.cli import _describe
 from seqmix.cli._terminal import Json, print_json, print_table, print_text
-from seqmix.core.errors import UnknownName
+from seqmix.core.errors import ConfigError, UnknownName
 
 
 def run(
@@ -32,8 +32,8 @@ def run(
     Of an operator: its forms, which of them can run on each case and why the others cannot, and which is
     chosen. Of a mixer: configuration, parameters, state and cost. Of a layout: blocks, parameters and cost.
     Of a Hugging Face model (a hub name with a slash, a folder or its config.json; no weights are read): the
-    functions that each layer calls, and what computes them after `seqmix.accelerate`. A name that several of
-    them have is explained as each.
+    functions that each layer calls, what computes them after `seqmix.accelerate`, and the layout that it has in
+    blocks of seqmix. A name that several of them have is explained as each.
 
     Example: `seqmix explain "3x[gated_linear_attention], attention"`
     """
@@ -49,11 +49,15 @@ def run(
 def _records(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     if _is_model(name):
         from seqmix.convert.explain import explain_model, skeleton
+        from seqmix.convert.hub import specification
 
-        model = skeleton(name)
-        return {
-            "model": {"model": name, "class": type(model).__name__, "layers": explain_model(model)}
-        }
+        model = skeleton(_find(name))
+        about = {"model": name, "class": type(model).__name__, "layers": explain_model(model)}
+        try:
+            fields = specification(model).to_dict()
+        except ConfigError as error:
+            return {"model": about | {"not imported": str(error)}}
+        return {"model": about, "layout": _describe.describe_layout(**fields)}
     if not re.fullmatch(r"[\w-]+", name):
         return {"layout": _describe.describe_layout(name, **spec)}
     describers = {
@@ -73,12 +77,20 @@ def _records(name: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_model(name: str) -> bool:
-    """A folder with a configuration, such a file, or a hub name: two words with a slash, no mixer before it."""
+    """A folder with a configuration, such a file, an asset, or a hub name: two words with a slash, no mixer first."""
     path = Path(name)
     if (path / "config.json").is_file() or (path.suffix == ".json" and path.is_file()):
         return True
+    from seqmix.models.pretrained import ASSETS
+
     words = re.fullmatch(r"([\w.-]+)/[\w.-]+", name)
-    return words is not None and words[1] not in _describe.catalog("mixers")
+    return name in ASSETS or (words is not None and words[1] not in _describe.catalog("mixers"))
+
+
+def _find(name: str) -> str:
+    from seqmix.models.pretrained import ASSETS, find
+
+    return find(name) if name in ASSETS else name
 
 
 def _print_model(record: dict[str, Any]) -> None:
@@ -89,6 +101,10 @@ def _print_model(record: dict[str, Any]) -> None:
     print_table(columns, [[row[column] for column in columns] for row in record["layers"]])
     if not any(row["operator"] for row in record["layers"]):
         print_text("No layer calls a function that seqmix computes: accelerate changes nothing.")
+    if "not imported" in record:
+        print_text(f"\nto_seqmix would refuse it. {record['not imported']}")
+    else:
+        print_text("\nIn blocks of seqmix (to_seqmix):")
 
 
 def _print_operator(record: dict[str, Any]) -> None:

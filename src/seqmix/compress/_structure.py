@@ -323,9 +323,8 @@ def cut(
         if count < units[place].count:
             entries[number] = dataclasses.replace(entries[number], **{part: resized})
             select_units(tensors, place, units[place], torch.as_tensor(rows))
-    replaced = {
-        name: layer for name, layer in spec.replaced.items() if f"model.{name}" in _owners(tensors)
-    }
+    gone = tuple(f"backbone.blocks.{number}.{part}." for number, part in removed)
+    replaced = {n: layer for n, layer in spec.replaced.items() if not n.startswith(gone)}
     spec = dataclasses.replace(spec.with_entries(entries), replaced=replaced)
     if channels is not None:
         spec = _cut_channels(tensors, spec, units, kept, torch.as_tensor(channels))
@@ -389,9 +388,7 @@ def _cut_channels(
     are left it is the same with weights sqrt(D / D') times as large and eps D / D'.
     """
     entries = spec.entries()
-    missing = [p for p in _present(spec) if p not in units]
-    norms = {spec.norm, spec.last_norm or spec.norm}
-    if norms != {"rms"} or spec.shortcuts or spec.replaced or missing:
+    if not channels_can_go(spec, units):
         raise ConfigError(
             "channels: the residual stream can be narrowed in models with RMS norms, without shortcuts and replaced "
             f"layers, of {', '.join(KINDS)}. Use slice for others."
@@ -402,6 +399,7 @@ def _cut_channels(
             "model.embedding.weight",
             "model.head.weight",
             "model.backbone.positions.weight",
+            "classifier.weight",
         ):
             tensors[name] = tensor[:, channels]
         elif name.endswith("norm.weight") and tensor.shape == (spec.width,) and _outside(name):
@@ -421,6 +419,13 @@ def _cut_channels(
     return dataclasses.replace(
         spec.with_entries(entries), width=len(channels), norm_eps=spec.norm_eps * ratio
     )
+
+
+def channels_can_go(spec: ModelSpec, units: Mapping[Place, Units]) -> bool:
+    """Whether `cut` can narrow the residual stream of such a model."""
+    missing = [p for p in _present(spec) if p not in units]
+    norms = {spec.norm, spec.last_norm or spec.norm}
+    return norms == {"rms"} and not (spec.shortcuts or spec.replaced or missing)
 
 
 def _present(spec: ModelSpec) -> list[Place]:

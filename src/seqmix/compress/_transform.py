@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from rich.console import Console
@@ -50,13 +50,15 @@ class Needs:
 class Calibration:
     """The text that transforms may look at: windows of token ids [N, T], and the corpus that they are of.
 
-    `teacher` is the model before all steps, for transforms that learn from its predictions.
+    `teacher` is the model before all steps, for transforms that learn from its predictions. For a classifier, `labels`
+    are the classes [N] of the windows.
     """
 
     windows: Tensor
     corpus: Corpus | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     teacher: SeqmixForCausalLM | None = None
+    labels: Tensor | None = None
 
     @classmethod
     def of(
@@ -66,6 +68,7 @@ class Calibration:
         *,
         length: int = 256,
         windows: int = 64,
+        teacher: SeqmixForCausalLM | None = None,
     ) -> Self:
         """`windows` full windows of `length` tokens, evenly spread over the corpus.
 
@@ -81,14 +84,20 @@ class Calibration:
             )
         chosen = torch.linspace(0, full - 1, min(windows, full)).round().long()
         return cls(
-            windows=packed.batch(chosen.numpy())["input_ids"], corpus=corpus, tokenizer=tokenizer
+            windows=packed.batch(chosen.numpy())["input_ids"],
+            corpus=corpus,
+            tokenizer=tokenizer,
+            teacher=teacher,
         )
 
     def first(self, tokens: int) -> Tensor:
         """As many windows [n, T] as hold at least `tokens` tokens, evenly spread; all where there are fewer."""
+        return self.windows[self.rows(tokens)]
+
+    def rows(self, tokens: int) -> Tensor:
+        """The numbers [n] of the windows that `first` takes."""
         wanted = min(len(self.windows), max(1, -(-tokens // self.windows.shape[1])))
-        chosen = torch.linspace(0, len(self.windows) - 1, wanted).round().long()
-        return self.windows[chosen]
+        return torch.linspace(0, len(self.windows) - 1, wanted).round().long()
 
     def with_at_least(self, tokens: int) -> Tensor:
         """Windows [n, T] of at least `tokens` tokens of the corpus; all of `windows` where it has no more to give."""
@@ -129,7 +138,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Transform(Config, ABC):
-    """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first."""
+    """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first.
+
+    `quick` are options under which the laws of `seqmix.testing` try it on small models. `grows` says why a model may
+    take more room afterwards, where it may.
+    """
+
+    quick: ClassVar[Mapping[str, Any]] = {}
+    grows: ClassVar[str | None] = None
 
     @abstractmethod
     def fit(self, model: SeqmixForCausalLM, data: Calibration, work: Work) -> SeqmixForCausalLM:

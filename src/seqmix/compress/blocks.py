@@ -7,6 +7,7 @@ so that the two differ in what may go alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqmix.compress._greedy import remove_greedily
 from seqmix.compress._structure import Place, cut, sublayers
@@ -17,6 +18,8 @@ from seqmix.models.hf import SeqmixForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Transform):
+    quick: ClassVar = {"remove": 0.5, "tokens": 64}
+
     remove: float = 0.25  # share of the blocks
     tokens: int = 256  # of the calibration text
     shortlist: int | None = None  # candidates tried from the second step on; all if none

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ RIDGE = 1e-6  # which makes least squares with unused or equal atoms solvable
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSparse(Transform):
+    quick: ClassVar = {"steps": 2, "batch": 1}
+
     remove: float = 0.5  # share of the bytes of the factorised weights
     height: int = 16  # rows of a block; there are at most twice as many atoms
     steps: int = (
@@ -73,29 +76,16 @@ class DenseSparse(Transform):
                 "linear layer to factorise. Leave out `layers`, remove less, or factorise before other steps."
             )
         if self.steps:
-            self._train(made, data)
+            windows = data.windows.to(model.device)
+            learn(
+                made,
+                windows,
+                steps=self.steps,
+                batch=self.batch,
+                learning_rate=self.learning_rate,
+            )
         work.notes["layers"] = len(factors)
         return replaced(model, {place: layer.sparse() for place, layer in factors.items()})
-
-    def _train(self, model: SeqmixForCausalLM, data: Calibration) -> None:
-        from seqmix.train.loop import run
-        from seqmix.train.plan import Plan
-
-        windows = data.windows.to(model.device)
-        order = torch.Generator().manual_seed(0)
-
-        def batch(_: int) -> dict[str, Tensor]:
-            ids = windows[torch.randint(len(windows), (self.batch,), generator=order)]
-            return {"input_ids": ids, "labels": ids}
-
-        plan = Plan(
-            steps=self.steps,
-            tokens_per_step=self.batch * windows.shape[1],
-            learning_rate=self.learning_rate,
-            weight_decay=0.0,
-            progress=False,
-        )
-        run(model, batch, plan)
 
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
         layers = [layer for _, layer in linear_layers(model.model.backbone)]
@@ -104,6 +94,29 @@ class DenseSparse(Transform):
             training_tokens=self.steps * self.batch * data.windows.shape[1],
             memory_mb=10 * 4 * entries / 2**20,  # codes twice a weight, their gradients and moments
         )
+
+
+def learn(
+    model: SeqmixForCausalLM, windows: Tensor, *, steps: int, batch: int, learning_rate: float
+) -> None:
+    """Trains what of `model` requires gradients, in place, on windows [N, T] drawn at random (the same every time)."""
+    from seqmix.train.loop import run
+    from seqmix.train.plan import Plan
+
+    order = torch.Generator().manual_seed(0)
+
+    def drawn(_: int) -> dict[str, Tensor]:
+        ids = windows[torch.randint(len(windows), (batch,), generator=order)]
+        return {"input_ids": ids, "labels": ids}
+
+    plan = Plan(
+        steps=steps,
+        tokens_per_step=batch * windows.shape[1],
+        learning_rate=learning_rate,
+        weight_decay=0.0,
+        progress=False,
+    )
+    run(model, drawn, plan)
 
 
 def sizes_for(layer: nn.Linear, remove: float, height: int) -> tuple[int, int, int] | None:

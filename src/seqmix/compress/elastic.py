@@ -20,7 +20,15 @@ import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
 
-from seqmix.compress._structure import Place, cut, select_units, sublayer, units_of, without
+from seqmix.compress._structure import (
+    Place,
+    cut,
+    select_units,
+    sublayer,
+    sublayers,
+    units_of,
+    without,
+)
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError, ShapeError
 from seqmix.mixers._attention import AttentionMixer
@@ -67,19 +75,22 @@ class Elastic(Transform):
 
 
 def first_units(model: Any, shares: Tensor) -> dict[Place, range]:
-    """The units that a sub-network [blocks, 2] keeps of every sublayer that has some; at least one where its share is
-    not 0."""
+    """The units that a sub-network [blocks, 2] keeps of every sublayer: none at a share of 0, else at least one. A
+    sublayer without units is whole or gone."""
     blocks = len(model.model.backbone.blocks)
     if shares.shape != (blocks, len(PARTS)):
         raise ShapeError(
             f"shares has shape {list(shares.shape)}, wanted [{blocks}, 2]: of the mixer and of the channel mixer of "
             "every block."
         )
-    kept = {}
-    for (block, part), units in units_of(model).items():
-        share = float(shares[block, PARTS.index(part)])
-        count = max(1, units.least, round(share * units.count)) if share else 0
-        kept[block, part] = range(min(count, units.count))
+    units, kept = units_of(model), {}
+    for place in sublayers(model):
+        share = float(shares[place[0], PARTS.index(place[1])])
+        if not share:
+            kept[place] = range(0)
+        elif place in units:
+            count = max(1, units[place].least, round(share * units[place].count))
+            kept[place] = range(min(count, units[place].count))
     return kept
 
 
@@ -127,7 +138,7 @@ def narrowed(model: Any, shares: Tensor) -> Iterator[dict[str, Tensor]]:
     configs: dict[Place, Any] = {}
     try:
         for place, rows in kept.items():
-            if not 0 < len(rows) < units[place].count:
+            if not len(rows) or len(rows) == units[place].count:
                 continue
             module: Any = sublayer(model, place)
             if units[place].experts or (

@@ -7,6 +7,7 @@ change this is the Jensen-Shannon divergence of the predictions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqmix.compress._greedy import remove_greedily
 from seqmix.compress._structure import cut, sublayers
@@ -17,6 +18,8 @@ from seqmix.models.hf import SeqmixForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class FinerCut(Transform):
+    quick: ClassVar = {"tokens": 64}
+
     remove: float = 0.25  # share of the mixers and channel mixers
     tokens: int = 256  # of the calibration text
     shortlist: int | None = None  # candidates tried from the second step on; all, as in the paper

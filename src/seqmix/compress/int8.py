@@ -57,7 +57,7 @@ def chosen(
         if place in ("embedding", "head"):
             wanted = embedding and not (tied and place == "head")
         else:
-            wanted = not getattr(module, "only_read", False)
+            wanted = type(module) is nn.Linear and not getattr(module, "only_read", False)
         if wanted and type(module) in (nn.Linear, nn.Embedding):
             found[place] = module
     if not found:

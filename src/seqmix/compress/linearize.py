@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from seqmix.convert.linearize import (
     attention_blocks,
     damages,
     linearized,
+    mixer_of,
     transfer,
     transfer_errors,
     with_attention_of,
@@ -32,12 +34,14 @@ MEASURED = 4  # at most so many windows, which no mixer learns from, measure the
 
 @dataclass(frozen=True, kw_only=True)
 class Linearize(Transform):
+    quick: ClassVar = {"transfer_tokens": 128, "damage_tokens": 32}
+
     to: str = "liger"  # a causal mixer, such as mamba2 or liger(window=32)
     keep: float | str = (
         0.25  # share of the attention layers that stay, or their blocks: 0+9+29, or 9+
     )
     transfer_tokens: int = 16384  # that the new mixers learn from; passes over the text as needed
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     damage_tokens: int = 256  # of the text on which the layers to keep are chosen
 
     def __post_init__(self) -> None:
@@ -99,7 +103,7 @@ class Linearize(Transform):
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
         blocks = self._attention(model)
         half = len(blocks) // 2 + 1
-        mixers = [model.model.backbone.blocks[number].mixer for number in blocks]
+        mixers = [mixer_of(model, number) for number in blocks]
         weights = sum(p.numel() for mixer in mixers for p in mixer.parameters())
         share = weights / model.num_parameters()
         chosen = 0 if isinstance(self.keep, str) else half * self.damage_tokens

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ RIDGE = 1e-9  # of the mean moment, which makes the moments of few tokens positi
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Transform):
+    quick: ClassVar = {"tokens": 128}
+
     remove: float = 0.25  # share of the entries of the factorised weights
     whiten: bool = True  # the errors count by the layer's inputs; otherwise by the weight alone
     layers: str | None = None  # only layers whose place holds this, such as `channel`

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ PREDICTIONS = 0.1  # share of the predictions' term, relative to the features'
 
 @dataclass(frozen=True, kw_only=True)
 class Optin(Transform):
+    quick: ClassVar = {"tokens": 64}
+
     remove: float = 0.25  # share of the blocks' operations
     tokens: int = 256  # of the calibration text
     groups: int | None = (

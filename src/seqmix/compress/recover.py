@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ PARAMETERS = ("lora", "all", "last", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class Recover(Transform):
+    quick: ClassVar = {"tokens": 128}
+
     tokens: int = 65536  # trained on; passes over the text where it has fewer
     parameters: str = "lora"  # or all, last, head: see `seqmix.train.parameters`
     distillation: float | None = None  # w; by default a half with a teacher, 0 without

@@ -7,7 +7,9 @@ the layers that read it, and around each mixer with readers W_i, output W_o and 
 
 with Q [width, k] the first k principal components of what the norm before it gives, Q' those after it, and c for the
 mean over k channels instead of all. Without slicing (remove=0) the outputs stay as they are. A LayerNorm becomes an RMS
-norm once its mean is taken out of all that writes to the stream. Tied embeddings become two matrices.
+norm once its mean is taken out of all that writes to the stream. Tied embeddings become two matrices: one table with
+the best matrix between it and the head loses far more (SmolLM2-135M with a quarter cut off, Shakespeare: a loss of 7.1
+instead of 4.4).
 Ashkboos et al. 2024 (arXiv:2401.15024), sections 3.1-3.4, in float64. The authors' code takes the components of the
 norms' inputs where the paper's eq. 7 takes their outputs, as we do.
 """
@@ -18,7 +20,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,9 @@ PARTS = ("mixer", "channel")
 
 @dataclass(frozen=True, kw_only=True)
 class Slice(Transform):
+    quick: ClassVar = {"tokens": 128}
+    grows: ClassVar = "an embedding and a head that were one become two, and shortcuts come in"
+
     remove: float = 0.25  # share of the width
     tokens: int = 8192  # of the calibration text
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ ROUNDS = 50  # of k-means at most
 
 @dataclass(frozen=True, kw_only=True)
 class Uncurl(Transform):
+    quick: ClassVar = {"tokens": 128}
+
     factor: float = 2.0  # by which the number of experts falls
     tokens: int = 4096  # of the task's text
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from seqmix.convert._places import FORWARDS, FUNCTIONS, called_names, places
 from seqmix.convert.accelerate import modelling_modules
 from seqmix.core.errors import CheckpointError
 from seqmix.kernels import ISA, missing
+from seqmix.models.pretrained import auto_class
 from seqmix.ops._operator import Operator
 
 ONE_TOKEN = (
@@ -33,11 +34,8 @@ def skeleton(name: str) -> nn.Module:
             f"{name} has no configuration that transformers can read ({error}). Give a hub name, a folder with a "
             "config.json, or that file."
         ) from None
-    kind = (
-        AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-    )
     with torch.device("meta"):
-        model: nn.Module = kind.from_config(config)
+        model: nn.Module = auto_class(config).from_config(config)
     return model
 
 

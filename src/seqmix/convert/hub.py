@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +45,7 @@ def to_seqmix(model: PreTrainedModel | str | Path) -> Any:
         model, _ = load(model)
     if isinstance(model, SeqmixModel):
         return model
-    source = copy.deepcopy(model.config)
-    source.architectures = [type(model).__name__]
+    source = _described(model)
     family = family_of(source)
     config = SeqmixConfig.from_spec(
         family.spec(source),
@@ -56,7 +55,7 @@ def to_seqmix(model: PreTrainedModel | str | Path) -> Any:
     with torch.device("meta"):  # the weights come from elsewhere
         made = kind_of(source)(config)
     pairs = ((w.theirs, w.ours, w.load) for w in family.weights(source))
-    return _filled(made, model, pairs, left=family.left).eval()
+    return _filled(made, model, family.tensors(model), pairs).eval()
 
 
 def to_transformers(model: SeqmixModel) -> PreTrainedModel:
@@ -84,7 +83,23 @@ def to_transformers(model: SeqmixModel) -> PreTrainedModel:
     with no_init_weights():  # not on `meta`: some buffers are computed here and stored nowhere
         made = family.build(config)
     pairs = ((w.ours, w.theirs, w.save) for w in family.weights(config))
-    return _filled(made, model, pairs).train(model.training)
+    return _filled(made, model, model.state_dict(), pairs).train(model.training)
+
+
+def specification(model: PreTrainedModel) -> ModelSpec:
+    """What `to_seqmix` makes of a model, which may be without weights; raises `ConfigError` where it would."""
+    if isinstance(model, SeqmixModel):
+        return model.config.to_spec()
+    source = _described(model)
+    kind_of(source)
+    return family_of(source).spec(source)
+
+
+def _described(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of a model, with its class as the only architecture."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -137,30 +152,27 @@ def difference(found: ModelSpec, wanted: ModelSpec) -> str | None:
 
 
 def _filled(
-    made: M, model: PreTrainedModel, pairs: Iterable[Pair], *, left: tuple[str, ...] = ()
+    made: M, model: PreTrainedModel, tensors: Mapping[str, Tensor], pairs: Iterable[Pair]
 ) -> M:
-    """`made` with copies of the tensors of `model`, each under the name and in the form that `pairs` say.
-
-    Those whose names start with one of `left` are not used.
-    """
-    given = {k: x for k, x in model.state_dict().items() if not k.startswith(left)}
+    """`made` with copies of the tensors of `model`, each under the name and in the form that `pairs` say."""
+    given = dict(tensors)
     for tied in model.all_tied_weights_keys:
         given.pop(tied)
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for before, after, convert in pairs:
         try:
             new = convert(*(given.pop(name) for name in before))
         except KeyError as error:
             raise CheckpointError(f"The model has no weight {error}. Load it again.") from None
-        tensors |= {name: x.clone() for name, x in zip(after, new, strict=True)}
+        found |= {name: x.clone() for name, x in zip(after, new, strict=True)}
     if given:
         raise CheckpointError(
             f"The model has weights that its family does not: {', '.join(list(given)[:3])}. Load it again without "
             "adapters or further heads."
         )
     tied = made.all_tied_weights_keys
-    tensors |= {name: tensors[source] for name, source in tied.items()}
-    made.load_state_dict(tensors, assign=True)
+    found |= {name: found[source] for name, source in tied.items()}
+    made.load_state_dict(found, assign=True)
     made.tie_weights()
     if (settings := getattr(model, "generation_config", None)) is not None:
         made.generation_config = copy.deepcopy(settings)

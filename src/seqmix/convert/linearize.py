@@ -29,7 +29,7 @@ from seqmix.linears import Replacement
 from seqmix.mixers import MIXERS, Mixer
 from seqmix.mixers._attention import AttentionConfig, AttentionMixer
 from seqmix.mixers._projection import ProjectionConfig
-from seqmix.models.backbone import LanguageModel, build_mixer
+from seqmix.models.backbone import build_mixer
 from seqmix.models.hf import SeqmixForCausalLM
 from seqmix.models.layout import parse_part
 from seqmix.models.rebuild import rebuild
@@ -49,6 +49,13 @@ def attention_blocks(model: SeqmixForCausalLM) -> list[int]:
         and block.mixer.causal
         and block.mixer.config.kept is None
     ]
+
+
+def mixer_of(model: SeqmixForCausalLM, number: int) -> Mixer:
+    """The mixer of a block that has one."""
+    mixer = model.model.backbone.blocks[number].mixer
+    assert isinstance(mixer, Mixer)
+    return mixer
 
 
 def linearized(model: SeqmixForCausalLM, to: str, blocks: Sequence[int]) -> SeqmixForCausalLM:
@@ -72,7 +79,8 @@ def linearized(model: SeqmixForCausalLM, to: str, blocks: Sequence[int]) -> Seqm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for number in blocks:
-            old = model.model.backbone.blocks[number].mixer
+            old = mixer_of(model, number)
+            assert isinstance(old, AttentionMixer)
             made = dataclasses.replace(part, options=shape_of(old.config, kind) | {**part.options})
             new = build_mixer(made, spec)
             assert new is not None
@@ -110,6 +118,7 @@ def shape_of(config: AttentionConfig, kind: type[Mixer]) -> dict[str, Any]:
         plain = AttentionConfig(width=config.width, heads=config.heads)
         given = {name: getattr(config, name) for name in shared if name != "width"}
         return {k: v for k, v in given.items() if k == "heads" or v != getattr(plain, k)}
+    assert config.head_width is not None
     ratio = config.heads * config.head_width / config.width
     options: dict[str, Any] = {
         "heads": config.heads,
@@ -148,7 +157,9 @@ def carry_over(old: AttentionMixer, new: Mixer) -> None:
     if {"groups", "state_width"} <= {*new.Config.fields()}:
         c = new.config
         maps = c.groups * c.state_width
-        _, x, B, C, _ = new.input.weight.split([c.channels, c.channels, maps, maps, c.heads])
+        _, x, B, C, _ = new.get_parameter("input.weight").split(
+            [c.channels, c.channels, maps, maps, c.heads]
+        )
         names = ("value.weight of every head", "key.weight of every head", "query.weight")
         for part, name in zip((x, B, C), names, strict=True):
             if part.shape == known[name].shape:
@@ -165,16 +176,28 @@ def _dense(mixer: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inside the block, models are in evaluation mode."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+
+@contextmanager
 def _watched(
-    model: LanguageModel, blocks: Sequence[int], see: Callable[[int, Tensor, Tensor], None]
+    model: SeqmixForCausalLM, blocks: Sequence[int], see: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
     """Inside the block, every call of a mixer gives its number, its input and its output to `see`."""
 
     def hook(number: int) -> Any:
         return lambda module, inputs, outputs: see(number, inputs[0], outputs[0])
 
-    mixers = model.backbone.blocks
-    handles = [mixers[number].mixer.register_forward_hook(hook(number)) for number in blocks]
+    handles = [mixer_of(model, number).register_forward_hook(hook(number)) for number in blocks]
     try:
         yield
     finally:
@@ -192,7 +215,7 @@ def inputs_and_outputs(
     def see(number: int, x: Tensor, y: Tensor) -> None:
         found[number] = (x, y)
 
-    with _watched(model.model, blocks, see):
+    with _watched(model, blocks, see):
         model.model.backbone(model.model.embedding(ids))
     return found
 
@@ -201,9 +224,9 @@ def relative_errors(
     student: SeqmixForCausalLM, pairs: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, Tensor]:
     """|new(x) - y|^2 / |y|^2 of the student's mixers for `inputs_and_outputs`."""
-    mixers = student.model.backbone.blocks
     return {
-        number: (mixers[number].mixer(x)[0] - y).square().sum() / y.square().sum().clamp_min(1e-12)
+        number: (mixer_of(student, number)(x)[0] - y).square().sum()
+        / y.square().sum().clamp_min(1e-12)
         for number, (x, y) in pairs.items()
     }
 
@@ -237,10 +260,9 @@ def transfer(
     One pass of `model` teaches all of them, and no gradient passes through it. With `folder`, a run that was stopped
     goes on. Windows are drawn in an order that changes with every pass over them.
     """
-    model.eval()
     student.requires_grad_(False)
     for number in blocks:
-        student.model.backbone.blocks[number].mixer.requires_grad_(True)
+        mixer_of(student, number).requires_grad_(True)
     plan = Plan(
         steps=steps,
         tokens_per_step=batch * windows.shape[1],
@@ -256,7 +278,8 @@ def transfer(
         return torch.stack(list(relative_errors(trained, pairs).values())).sum()
 
     try:
-        return run(student, in_turns(windows, batch, seed), plan, folder=folder, loss=loss)
+        with _evaluating(model):
+            return run(student, in_turns(windows, batch, seed), plan, folder=folder, loss=loss)
     finally:
         student.requires_grad_(True)
 
@@ -283,26 +306,33 @@ def damages(
 
     The mean over the tokens of windows [N, T] of KL(p || q) in nats, p the next-token distribution of `model`.
     """
+    with _evaluating(model, student):
+        rows = [_damages(student, model, blocks, ids) for ids in windows]
+    return {number: float(np.mean([row[number] for row in rows])) for number in blocks}
+
+
+def _damages(
+    student: SeqmixForCausalLM, model: SeqmixForCausalLM, blocks: Sequence[int], ids: Tensor
+) -> dict[int, float]:
+    """`damages` of one window [T]."""
     inside, new = model.model, student.model.backbone.blocks
-    model.eval(), student.eval()
-    total = dict.fromkeys(blocks, 0.0)
-    for ids in windows:
-        x: dict[int, Tensor] = {}
+    x: dict[int, Tensor] = {}
+    found: dict[int, float] = {}
 
-        def see(module: nn.Module, inputs: tuple[Tensor, ...], known: Any = x) -> None:
-            known[len(known)] = inputs[0]
+    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x[len(x)] = inputs[0]
 
-        handles = [block.register_forward_pre_hook(see) for block in inside.backbone.blocks]
-        try:
-            p = inside(ids[None])[0].float().log_softmax(-1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for number in blocks:
-            y, _ = new[number](x[number])
-            for block in inside.backbone.blocks[number + 1 :]:
-                y, _ = block(y)
-            y = y if inside.backbone.norm is None else inside.backbone.norm(y)
-            q = inside.head(y).float().log_softmax(-1)
-            total[number] += float((p.exp() * (p - q)).sum(-1).mean())
-    return {number: value / len(windows) for number, value in total.items()}
+    handles = [block.register_forward_pre_hook(see) for block in inside.backbone.blocks]
+    try:
+        p = inside(ids[None])[0].float().log_softmax(-1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for number in blocks:
+        y, _ = new[number](x[number])
+        for block in inside.backbone.blocks[number + 1 :]:
+            y, _ = block(y)
+        y = y if inside.backbone.norm is None else inside.backbone.norm(y)
+        q = inside.head(y).float().log_softmax(-1)
+        found[number] = float((p.exp() * (p - q)).sum(-1).mean())
+    return found

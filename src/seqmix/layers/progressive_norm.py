@@ -22,6 +22,11 @@ MOMENTUM = 0.1  # of the running statistics
 class ProgressiveNorm(nn.Module):
     """x [..., D] to y [..., D]; `switch_over` says how many forward passes the change takes."""
 
+    mean: Tensor
+    variance: Tensor
+    passes: Tensor
+    steps: Tensor
+
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps

@@ -118,6 +118,8 @@ class BlockSparse(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to y [..., O]."""
+        if not x.numel():  # as an expert that no token has chosen
+            return x.new_zeros(*x.shape[:-1], self.out_features)
         rows = in_rows(x, self.in_features)
         y = sparse_matmul(rows, self.blocks, self.columns, self.offsets, self.bias)
         return y.view(*x.shape[:-1], self.out_features)

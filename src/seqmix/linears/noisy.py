@@ -61,12 +61,8 @@ class Noisy(Replacement):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        dense = nn.Linear(
-            self.in_features,
-            self.out_features,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        dense = nn.Linear(self.in_features, self.out_features, **like)
         dense.weight.copy_(self.weight)
         dense.bias.copy_(self.bias + self.weight @ self.noise)
         return dense

@@ -90,6 +90,8 @@ class QuantizedBlockSparse(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to y [..., O]."""
+        if not x.numel():  # as an expert that no token has chosen
+            return x.new_zeros(*x.shape[:-1], self.out_features)
         pattern = self.blocks, self.columns, self.offsets
         rows = in_rows(x, self.in_features)
         y = quantized_sparse_matmul(rows, self.scales, *pattern, self.bias)

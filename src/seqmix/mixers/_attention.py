@@ -77,7 +77,7 @@ class AttentionMixer(ProjectionMixer):
         """For texts from their first token; later ones see the keys of the state, which `read` puts before."""
         q, k, v = self.project(x)
         q, k = self.turn(q, k, positions_of(x, None, cu_seqlens))
-        return {"q": q, "k": k, "v": v, **self._visibility()}, None
+        return {"q": q, "k": k, "v": v, **self._first_visibility()}, None
 
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
@@ -91,11 +91,15 @@ class AttentionMixer(ProjectionMixer):
         """What the queries read, [B, T, H, K], and the state after them; q and k have not turned yet."""
         if state is None:
             q, k = self.turn(q, k, positions_of(q, None, cu_seqlens))
-            o = attention(q, k, v, **self._visibility(), cu_seqlens=cu_seqlens)
+            o = attention(q, k, v, **self._first_visibility(), cu_seqlens=cu_seqlens)
             return o, self._first_state(k, v, cu_seqlens)
         if cu_seqlens is None:
             return self._continue(q, k, v, state)
         return self._continue_ragged(q, k, v, state, Ragged.of(q, cu_seqlens))
+
+    def _first_visibility(self) -> dict[str, Any]:
+        """What the first tokens of a text see of each other."""
+        return self._visibility()
 
     def _visibility(self) -> dict[str, Any]:
         c = self.config

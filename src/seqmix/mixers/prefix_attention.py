@@ -13,9 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from seqmix.core.state import State
 from seqmix.mixers._attention import WHOLE_TEXT, AttentionConfig, AttentionMixer
 
 
@@ -39,11 +36,8 @@ class PrefixAttention(AttentionMixer):
         "long_texts": {"rope_factor": 2.0, "rope_original": 8},
     }
 
-    def operands(
-        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[dict[str, Any], State]:
-        arguments, after = super().operands(x, state, cu_seqlens)
-        return arguments | {"causal": False}, after
+    def _first_visibility(self) -> dict[str, Any]:
+        return self._visibility() | {"causal": False}
 
 
 MIXER = PrefixAttention

@@ -25,9 +25,9 @@ from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
 from seqmix.mixers._mixer import HeadsConfig, Mixer
+from seqmix.mixers._token_shift import token_before
 from seqmix.ops import Case
 from seqmix.ops.generalized_delta_rule import generalized_delta_rule
-from seqmix.ops.short_convolution import short_convolution
 
 STRONGEST_LOG_DECAY = -math.exp(-0.5)
 # Initial mu_c = 1 - (channel / width) ** exponent for r, w, k, v, a, g: the paper's, for the middle layer.
@@ -118,14 +118,7 @@ class RWKV7(Mixer):
         self, x: Tensor, state: State, cu_seqlens: Tensor | None
     ) -> tuple[tuple[Tensor, ...], State]:
         """x mixed with the token before, once for each of r, w, k, v, a, g."""
-        one_back = x.new_tensor([1.0, 0.0]).expand(x.shape[-1], 2)
-        before, last = short_convolution(
-            x,
-            one_back,
-            initial_state=None if state is None else state["previous"],
-            output_final_state=True,
-            cu_seqlens=cu_seqlens,
-        )
+        before, last = token_before(x, None if state is None else state["previous"], cu_seqlens)
         mixed = x + self.mix[:, None, None].to(x.dtype) * (before - x)
         return mixed.unbind(0), {"previous": last}
 

@@ -19,10 +19,10 @@ from seqmix.core.errors import CheckpointError, MissingExtra, SeqmixError
 from seqmix.core.files import OutputError, cache_folder, new_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-KINDS = (  # classes of transformers by which a model is loaded; the first one where a config says none
+KINDS = (  # classes of transformers by which a model is loaded
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification",
@@ -97,7 +97,7 @@ def load(
         importlib.import_module(f"seqmix.models.{module}")
     source = find(model)
     with explained(source), quiet():
-        kind = _kind(transformers, transformers.AutoConfig.from_pretrained(source))
+        kind = auto_class(transformers.AutoConfig.from_pretrained(source))
         made = kind.from_pretrained(source, **options)
     is_folder = Path(source).is_dir()
     if is_folder and not any(Path(source).glob("tokenizer*")):
@@ -119,15 +119,16 @@ def load_language_model(
     return made, tokenizer
 
 
-def _kind(transformers: Any, config: Any) -> Any:
-    """The class of transformers that loads the first of `config.architectures`."""
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that loads the first of `config.architectures`; if none, a language model's or any."""
+    transformers = extras.require("transformers", extra="train")
     kinds = [getattr(transformers, name) for name in KINDS]
     wanted = (config.architectures or [None])[0]
     for kind in kinds:
         found = kind._model_mapping.get(type(config), ())
         if wanted in [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]:
             return kind
-    return kinds[0]
+    return kinds[0] if type(config) in kinds[0]._model_mapping else kinds[-1]
 
 
 def find(model: str | Path) -> str:

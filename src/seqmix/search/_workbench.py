@@ -26,7 +26,7 @@ from seqmix.data.text import Corpus, read_text, split_text
 from seqmix.data.tokenizer import encode
 from seqmix.measure.quality import quality
 from seqmix.models.hf import SeqmixForCausalLM
-from seqmix.models.pretrained import load, quiet
+from seqmix.models.pretrained import load_language_model, quiet
 from seqmix.train.evaluation import HeldOut, backend_of, end_of_text
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Workbench:
         self.corpus = corpus
         with quiet():
             if isinstance(model, str | Path):
-                model, own = load(model)
+                model, own = load_language_model(model)
                 tokenizer = tokenizer or own
             if tokenizer is None:
                 raise ConfigError("The model comes without a tokenizer. Give one as `tokenizer`.")
@@ -83,7 +83,11 @@ class Workbench:
         self.tokenizer = tokenizer
         calibration, held_out = split_text(corpus, CALIBRATION_SHARE)
         self.calibration = Calibration.of(
-            calibration, tokenizer, length=settings.length, windows=settings.windows
+            calibration,
+            tokenizer,
+            length=settings.length,
+            windows=settings.windows,
+            teacher=self.original,
         )
         backend = backend_of(tokenizer)
         self._held_out = HeldOut(

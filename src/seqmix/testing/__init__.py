@@ -19,6 +19,7 @@ _HOMES = {
     "check_model": "models",
     "check_operator": "operators",
     "check_task": "tasks",
+    "check_transform": "transforms",
     "poisoned_memory": "_memory",
 }
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_model",
     "check_operator",
     "check_task",
+    "check_transform",
     "poisoned_memory",
 ]
 

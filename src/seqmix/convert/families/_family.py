@@ -45,16 +45,16 @@ class Family:
     """Models of transformers with one set of blocks.
 
     `spec` raises `ConfigError`, naming the field, for what this package does not compute; `weights` lists every tensor
-    of the library's `state_dict` but tied ones and those that are not taken along, whose names start with `left`.
-    `kinds` are the classes of models; without any, a family has language models. `build` makes a model of the
-    library, without weights, from a configuration with `architectures`.
+    of the library's but tied ones. `kinds` are the classes of models; without any, a family has language models.
+    `tensors` gives the weights of a model of the library that are taken along, and `build` makes such a model without
+    weights from a configuration with `architectures`.
     """
 
     model_types: tuple[str, ...]
     spec: Callable[[Any], ModelSpec]
     weights: Callable[[Any], Iterator[Weights]]
     kinds: Mapping[str, type[SeqmixModel]] = dataclasses.field(default_factory=dict)
-    left: tuple[str, ...] = ()
+    tensors: Callable[[PreTrainedModel], dict[str, Tensor]] = lambda model: model.state_dict()
     build: Callable[[Any], PreTrainedModel] = lambda config: getattr(
         transformers, config.architectures[0]
     )(config)

@@ -104,6 +104,11 @@ def weights(config: Any) -> Iterator[Weights]:
         yield same(f"{head}.bias", "model.head.bias")
 
 
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights but the pooler's."""
+    return {k: x for k, x in model.state_dict().items() if not k.startswith("pooler.")}
+
+
 def build(config: Any) -> PreTrainedModel:
     """The library's model, without a pooler."""
     return (
@@ -118,4 +123,4 @@ def _is_masked(config: Any) -> bool:
 
 
 KINDS = {"BertModel": SeqmixEncoder, "BertForMaskedLM": SeqmixForMaskedLM}
-FAMILY = Family(("bert",), spec, weights, KINDS, ("pooler.",), build)
+FAMILY = Family(("bert",), spec, weights, KINDS, tensors, build)
