@@ -33,7 +33,7 @@ ROWS = 256  # of a layer's inputs, by which step and amplitude are chosen
 
 @dataclass(frozen=True, kw_only=True)
 class ToNoisy(Transform):
-    grows: ClassVar[bool] = True  # by the noise: it prepares products of few bits, and saves no bytes itself
+    grows: ClassVar = "every layer keeps its noise and a bias, and its weights stay as they are"
 
     bits: int = 6  # of the inputs
     noise: bool = True

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ from seqmix.models.rebuild import replaced
 
 @dataclass(frozen=True, kw_only=True)
 class ToTwoFour(Transform):
+    quick: ClassVar = {"steps": 1, "batch": 2}
+
     steps: int = 50  # of each of the two parts; 0 trains nothing
     learning_rate: float = 3e-4
     batch: int = 4  # windows of a step
