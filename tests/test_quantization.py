@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from seqmix.compress import Work, parse_recipe
+from seqmix.compress import Calibration, Work, parse_recipe
 from seqmix.compress._quantizers import four_bits
+from seqmix.compress.two_four import distance
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import relative_error
 from seqmix.linears.int4 import Int4, packed, rounded, unpacked
 from seqmix.linears.int8 import Int8
+from seqmix.linears.int8 import rounded as rounded_weight
 from seqmix.linears.tied import Tied
+from seqmix.linears.two_four import TwoFour, two_largest
 from seqmix.mixers import MIXERS
 from seqmix.models.hf import SeqmixForCausalLM, create
 
@@ -193,3 +196,57 @@ def test_inputs_are_rounded_block_by_block():
 def test_groups_that_do_not_fit_are_refused(recipe):
     with pytest.raises(ConfigError, match=r"group=|block=|input_bits="):
         quantized(create("attention", width=64, vocabulary=64), recipe)
+
+
+@torch.no_grad()
+def test_two_of_every_four_weights_stay_and_are_the_largest():
+    dense = nn.Linear(48, 10)
+    mask = two_largest(dense.weight)
+    assert mask.unflatten(1, (-1, 4)).sum(2).eq(2).all()
+    dropped = dense.weight.abs().masked_fill(mask, 0).unflatten(1, (-1, 4)).amax(2)
+    kept = dense.weight.abs().masked_fill(~mask, torch.inf).unflatten(1, (-1, 4)).amin(2)
+    assert (dropped <= kept).all()
+    layer = TwoFour.of(dense, mask)
+    wanted = Int8.of(nn.Linear(48, 10))
+    wanted.weight, wanted.scale = rounded_weight(dense.weight * mask)
+    assert layer.whole().equal(wanted.weight)
+    assert layer.to_dense().weight.equal(wanted.to_dense().weight)
+    assert 8 * (layer.values.numel() + layer.places.numel()) == 5 * dense.weight.numel()
+    again = TwoFour.empty(dense)
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 48)
+    assert again(x).equal(layer(x))
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        two_largest(torch.randn(3, 12))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_mixer_can_be_made_two_of_four(name, tmp_path):
+    model = create(f"[{name}/glu]", width=64, heads=4, vocabulary=100).eval()
+    before = copy.deepcopy(model.state_dict())
+    data = Calibration(windows=torch.randint(100, (4, 16)))
+    work = Work()
+    made = parse_recipe("two_four:1(batch=2)")[0].fit(model, data, work)
+    ids = data.windows[:2, :9]
+    with torch.no_grad():
+        logits = made(ids).logits
+    assert logits.isfinite().all()
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    assert any(isinstance(m, TwoFour) for m in made.modules())
+    made.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert SeqmixForCausalLM.from_pretrained(tmp_path).eval()(ids).logits.equal(logits)
+
+
+def test_training_brings_two_of_four_nearer_to_the_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create("attention", width=32, vocabulary=40).eval()
+        data = Calibration(windows=torch.randint(40, (4, 16)))
+    far = distance(two_four(model, data, 0), model, data.windows)
+    near = distance(two_four(model, data, 30), model, data.windows)
+    assert near < 0.7 * far
+
+
+def two_four(model, data, steps):
+    return parse_recipe(f"two_four:{steps}(learning_rate=0.003)")[0].fit(model, data, Work())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ ROWS = 256  # of a layer's inputs, by which step and amplitude are chosen
 
 @dataclass(frozen=True, kw_only=True)
 class ToNoisy(Transform):
+    grows: ClassVar = "every layer keeps its noise and a bias, and its weights stay as they are"
+
     bits: int = 6  # of the inputs
     noise: bool = True
     tokens: int = 2048  # of the calibration text
