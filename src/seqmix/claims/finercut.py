@@ -190,8 +190,8 @@ CLAIM = Claim(
         "data": "shakespeare",
         "length": 128,
         "windows": 16,
-        "tokens": 256,
-        "shortlist": None,
+        "tokens": 128,
+        "shortlist": 16,
         "remove": 0.25,
     },
 )
