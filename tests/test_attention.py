@@ -198,3 +198,47 @@ def test_impossible_arguments_are_refused(options, error, message):
     q = torch.zeros(1, 6, 4, 8)
     with pytest.raises(error, match=message):
         attention(**{"q": q, "k": q, "v": q, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 30, "sinks": 2}, {"window": 15, "causal": False}]
+)
+def test_as_many_best_keys_as_are_seen_are_all_of_them(options):
+    q, k, v = (normal(2, 50, heads, 8) for heads in (4, 2, 2))
+    got, wanted = attention(q, k, v, best=32, **options), attention(q, k, v, **options)
+    torch.testing.assert_close(got[:, :32], wanted[:, :32])
+    if options:
+        torch.testing.assert_close(got, wanted)
+    else:
+        assert not torch.allclose(got[:, 40:], wanted[:, 40:], atol=1e-4)
+
+
+def test_one_best_key_gives_its_value():
+    q, k, v = (normal(2, 50, 2, 8) for _ in range(3))
+    scores = torch.einsum("bthk,bshk->bhts", q, k).masked_fill(
+        ~torch.ones(50, 50, dtype=torch.bool).tril(), -torch.inf
+    )
+    best = scores.argmax(-1).transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, 8)
+    torch.testing.assert_close(attention(q, k, v, best=1), v.gather(1, best))
+
+
+def test_values_of_other_keys_are_not_read():
+    q, k, v = (normal(1, 50, 2, 8) for _ in range(3))
+    v.requires_grad_()
+    attention(q[:, -1:], k, v, best=3).sum().backward()
+    assert (v.grad[0].abs().sum(-1) > 0).sum(0).tolist() == [3, 3]
+
+
+def test_choosing_the_best_keys_copies_none():
+    store = normal(2, 5000, 2, 16)
+    k = v = store[:, :4097]
+    q = normal(2, 1, 4, 16)
+    with torch.no_grad(), LargestResult((store, q)) as largest:
+        attention(q, k, v, best=16)
+    assert largest.entries < k.numel() // 2
+
+
+def test_no_best_key_is_refused():
+    q, k, v = (normal(1, 5, 2, 8) for _ in range(3))
+    with pytest.raises(RangeError, match="best"):
+        attention(q, k, v, best=0)

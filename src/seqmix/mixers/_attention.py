@@ -39,6 +39,7 @@ WHOLE_TEXT = (  # laws of `seqmix.testing` that do not hold where a text's later
 class AttentionConfig(ProjectionConfig):
     window: int | None = None  # tokens that a token sees, itself included; all earlier ones if none
     sinks: int = 0  # first tokens of a text that stay visible beyond the window
+    best: int | None = None  # keys that a query reads, of those it sees: the best ones; all if none
     scale: float | None = None  # of the scores; head_width**-0.5 if none
 
     def __post_init__(self) -> None:
@@ -46,6 +47,10 @@ class AttentionConfig(ProjectionConfig):
         if self.window is not None and self.window < 1:
             raise ConfigError(
                 f"window={self.window}, wanted at least 1, or none to see everything."
+            )
+        if self.best is not None and self.best < 1:
+            raise ConfigError(
+                f"best={self.best}, wanted at least 1, or none to read every key that is visible."
             )
         if self.sinks < 0 or (self.sinks and self.window is None):
             raise ConfigError(
@@ -104,7 +109,7 @@ class AttentionMixer(ProjectionMixer):
     def _visibility(self) -> dict[str, Any]:
         c = self.config
         window = {} if c.window is None else {"window": c.window, "sinks": c.sinks}
-        return {**window, "scale": c.scale}
+        return {**window, "best": c.best, "scale": c.scale}
 
     def _first_state(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> State:
         if cu_seqlens is None:
@@ -216,7 +221,7 @@ class AttentionMixer(ProjectionMixer):
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(
             ~visible, -torch.inf
         )
-        return attention(q, keys, values, bias=bias.unsqueeze(1), scale=c.scale)
+        return attention(q, keys, values, bias=bias.unsqueeze(1), best=c.best, scale=c.scale)
 
     def state_bytes(self, length: int) -> int:
         c = self.config
@@ -230,7 +235,7 @@ class AttentionMixer(ProjectionMixer):
         sizes: dict[str, Any] = {"B": 1, "T": tokens, "S": keys, "H": c.heads, "G": c.groups}
         window = None if c.window is None else c.window + c.sinks
         sizes |= {"K": c.head_width, "V": c.head_width}
-        return Case("mixer", sizes, {"window": window})
+        return Case("mixer", sizes, {"window": window, "best": c.best})
 
 
 class Ragged:

@@ -25,6 +25,9 @@ class Rule(NamedTuple):
     window: int | None
     first: int  # keys that stay visible beyond the window
     scale: float
+    best: int | None = (
+        None  # how many of the keys that it sees it reads, those with the highest scores
+    )
 
 
 def part(x: Tensor, dim: int, start: int, length: int) -> Tensor:
@@ -87,6 +90,46 @@ def _read(
     return o.reshape(batch, heads, length, -1).transpose(1, 2)
 
 
+def _read_best(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    logits: Tensor | None,
+    scale: float,
+    best: int,
+) -> Tensor:
+    """As `_read`, of the `best` keys of every query and head: no other value is read.
+
+    Row by row of the batch, so that a strided cache is not copied.
+    """
+    heads, (length, groups, width) = q.shape[2], v.shape[1:]
+    share = heads // groups
+    group = torch.arange(heads, device=q.device).view(-1, 1, 1) // share
+    outputs = []
+    for row, (queries, keys, values) in enumerate(zip(q * scale, k, v, strict=True)):
+        grouped = queries.unflatten(1, (groups, share)).permute(1, 2, 0, 3).flatten(1, 2)
+        scores = (grouped @ keys.permute(1, 2, 0)).unflatten(1, (share, -1)).flatten(0, 1)
+        if bias is not None:
+            scores = scores + bias[row if len(bias) > 1 else 0]
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
+        highest, places = scores.topk(min(best, length), dim=-1, sorted=False)  # [H, C, best]
+        if logits is not None:
+            highest = torch.cat([highest, logits.view(-1, 1, 1).expand(-1, len(queries), 1)], -1)
+        nothing = highest.amax(-1, keepdim=True) == -torch.inf
+        weights = highest.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+        o = F.embedding_bag(
+            (places * groups + group).flatten(0, 1),
+            values.reshape(-1, width),
+            per_sample_weights=weights[..., : places.shape[-1]].flatten(0, 1),
+            mode="sum",
+        )
+        outputs.append(o.view(heads, -1, width).transpose(0, 1))
+    return torch.stack(outputs)
+
+
 def definition(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Tensor | None, rule: Rule
 ) -> Tensor:
@@ -103,6 +146,10 @@ def definition(
         seen = _visible(position, keys, rule)
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf)
+        if rule.best is not None:
+            places = scores.topk(min(rule.best, len(keys)), dim=-1).indices
+            read = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True)
+            scores = scores.masked_fill(~read, -torch.inf)
         highest = scores.detach().amax(-1, keepdim=True)
         if logits is not None:
             highest = torch.maximum(highest, logits.detach()[:, None])
@@ -151,9 +198,8 @@ def blocked(
         positions = torch.arange(start + shift, stop + shift, device=device)
         seen = _visible(positions, places, rule)
         own = None if bias is None else keys(part(bias, 2, start, stop - start), 3)
-        outputs.append(
-            _read(q[:, start:stop], keys(k, 1), keys(v, 1), own, seen, logits, rule.scale)
-        )
+        near = (q[:, start:stop], keys(k, 1), keys(v, 1), own, seen, logits, rule.scale)
+        outputs.append(_read(*near) if rule.best is None else _read_best(*near, rule.best))
     return torch.cat(outputs, dim=1)
 
 
@@ -190,6 +236,8 @@ def why_not_compiled(
     inputs = [x for x in (q, k, v, bias, logits) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "the compiled kernel has no backward pass, and a gradient is wanted"
+    if rule.best is not None:
+        return f"the compiled kernel reads every key that is visible, not the {rule.best} best"
     return missing(*inputs)
 
 
@@ -211,6 +259,8 @@ def why_not_sdpa(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Tensor | None, rule: Rule
 ) -> str | None:
     length, total = q.shape[1], k.shape[1]
+    if rule.best is not None:
+        return f"scaled_dot_product_attention reads every key that is visible, not the {rule.best} best"
     if logits is not None:
         return "learned sinks need a denominator that scaled_dot_product_attention does not show"
     if rule.window is not None and rule.window < max(length, total):

@@ -3,7 +3,8 @@
     o_t = sum_j p_tj v_j        p_tj = exp(s_tj) / (sum_i exp(s_ti) [+ exp(sink)])
     s_tj = scale * q_t . k_j + bias_tj
 
-over the keys j that t may see. Queries stand at the end of the keys: query t has position t + S - T.
+over the keys j that t may see, or the best of them. Queries stand at the end of the keys: query t has position
+t + S - T.
 Axes: B batch, T queries, S keys, H query heads, G key heads (query head h reads key head h // (H // G)),
 K key width, V value width.
 """
@@ -49,6 +50,7 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    best: int | None = None,
     scale: float | None = None,
     bias: Tensor | None = None,
     sinks: int | Tensor | None = None,
@@ -63,6 +65,7 @@ def attention(
             head h // (H // G). Queries are aligned to the end of the keys: query t is at position t + S - T.
         causal: whether position p sees only keys up to p; needs S >= T.
         window: p sees the keys p - window + 1 to p, or |p - j| < window if not causal; None for all.
+        best: only the keys with so many highest scores are read, for each query and head; None for all.
         scale: factor on q . k, K**-0.5 by default.
         bias: added to the scores, broadcastable to [B, H, T, S]; -inf hides. A query that sees nothing gives 0.
         sinks: an int n keeps the first n keys of a text visible beyond the window; a tensor [H] holds logits
@@ -78,17 +81,19 @@ def attention(
         NoUsableForm: when `form` cannot run here.
 
     Source: Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 (grouped queries); Beltagy et al. 2020 (windows);
-    Xiao et al. 2023 (first keys as sinks); OpenAI 2025, gpt-oss model card, section 2 (learned sinks).
+    Gupta et al. 2021 (arXiv:2106.06899; best keys); Xiao et al. 2023 (first keys as sinks); OpenAI 2025, gpt-oss
+    model card, section 2 (learned sinks).
     """
     sizes = check_tensors("attention", AXES, {"q": q, "k": k, "v": v})
-    _check(sizes, causal, window, bias, cu_seqlens)
+    _check(sizes, causal, window, best, bias, cu_seqlens)
     first, logits = (sinks, None) if isinstance(sinks, int) else (0, sinks)
     if first < 0:
         raise RangeError(
             f"attention: `sinks` is {sinks}, wanted 0 or more first keys, or logits [H]."
         )
     check_tensors("attention", AXES, {"sinks": logits}, H=sizes["H"])
-    rule = Rule(causal, window, first, sizes["K"] ** -0.5 if scale is None else scale)
+    best = None if best is not None and best >= sizes["S"] else best
+    rule = Rule(causal, window, first, sizes["K"] ** -0.5 if scale is None else scale, best)
     packing = None if cu_seqlens is None else Packing("attention", cu_seqlens, q)
 
     if compute := OPERATOR.fused(form, q, k, v, bias, logits, rule):
@@ -116,6 +121,7 @@ def _check(
     sizes: dict[str, int],
     causal: bool,
     window: int | None,
+    best: int | None,
     bias: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
@@ -137,6 +143,8 @@ def _check(
         raise RangeError(
             f"attention: `window` is {window}, wanted at least 1, or None for no window."
         )
+    if best is not None and best < 1:
+        raise RangeError(f"attention: `best` is {best}, wanted at least 1, or None for every key.")
     if bias is not None:
         check_tensors("attention", {"bias": ("b h t s", "h t s", "t s")}, {"bias": bias})
         full = [sizes["B"], H, T, S]
@@ -160,7 +168,7 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
         "k": normal("B", "S", "G", "K"),
         "v": normal("B", "S", "G", "V"),
     }
-    for option in ("causal", "window"):
+    for option in ("causal", "window", "best"):
         if option in case.options:
             inputs[option] = case[option]
     if shape := case.get("bias"):
@@ -192,9 +200,14 @@ def cost(case: Case) -> Cost:
     pairs = T * min(near, S)
     if case.get("causal", True) and T > 1:
         pairs -= min(T, near) ** 2 / 2
-    moved = B * (T * H * (K + V) + min(S, T + near) * G * (K + V))
+    keys = values = min(S, T + near) * G
+    read = pairs
+    if best := case.get("best"):
+        read = min(pairs, T * best)
+        values = min(keys, H * read)
+    moved = B * (T * H * (K + V) + keys * K + values * V)
     return Cost(
-        flops=2 * B * H * pairs * (K + V),
+        flops=2 * B * H * (pairs * K + read * V),
         bytes=4 * moved,
         state_bytes=4 * B * min(S, near) * G * (K + V),
     )
@@ -233,6 +246,9 @@ OPERATOR = Operator(
         Case("learned_sinks", SIZES, {"sinks": "logits"}),
         Case("bias", SIZES, {"bias": "BHTS"}),
         Case("bidirectional_bias", SIZES, {"bias": "HTS", "causal": False}),
+        Case("best_keys", SIZES, {"best": 4}),
+        Case("best_keys_decoding", {**SIZES, "T": 1, "S": 50}, {"best": 3, "sinks": "logits"}),
+        Case("best_keys_bias", SIZES, {"bias": "HTS", "best": 4, "window": 7, "causal": False}),
         Case("all", SIZES, {"bias": "HTS", "sinks": "logits", "window": 7}),
     ],
     timing=[
