@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqmix.compress import TRANSFORMS, Calibration, Work
+from seqmix.compress import TRANSFORMS, Calibration, Work, axformer
 from seqmix.compress._structure import (
     cut,
     flops_per_unit,
@@ -366,6 +366,43 @@ def test_axformer_keeps_what_the_task_needs():
     TRANSFORMS.get("axformer")().fit(model, Calibration(windows=ids), work)
     assert work.notes["removed"] != ["0 channel", "0 mixer"]
     assert work.notes["loss"][1] <= work.notes["loss"][0]
+
+
+@torch.no_grad()
+def test_axformer_leaves_queries_the_keys_that_the_task_needs():
+    """Scores so sharp that every query reads one key, but in the first layer, whose queries read all alike."""
+    model = small("2x[attention(heads=2)/glu(hidden=8)]")
+    first, last = (sublayer(model, (number, "mixer")) for number in range(2))
+    first.query.weight.zero_()
+    last.query.weight.mul_(1e4)
+    data = Calibration(windows=torch.randint(0, 50, (4, 24)))
+    before = model(input_ids=data.windows, labels=data.windows, use_cache=False).loss
+    work = Work()
+    whole = TRANSFORMS.get("axformer")(tolerance=1e-4, groups=1, keys=2)
+    bar = float(before) * (1 + whole.tolerance)
+    task = axformer._Task(model, data.windows, None)
+    chosen = whole._select(task, bar, work)
+    assert chosen[1] == 2
+    assert chosen.get(0, 24) > 2
+    assert sublayer(model, (1, "mixer")).config.best is None  # tried, and put back
+    hard = axformer._hardened(model, chosen)
+    assert "best=2" in hard.config.to_spec().layout
+    after = hard(input_ids=data.windows, labels=data.windows, use_cache=False).loss
+    assert float(after) <= bar * (1 + 1e-6)
+
+
+def test_axformer_with_hard_attention_is_no_worse_and_reads_less():
+    torch.manual_seed(1)
+    model = small("3x[attention(heads=4)/mlp(hidden=16)]")
+    data, work = text(6, 24), Work()
+    pruned = TRANSFORMS.get("axformer")(groups=2, keys=2).fit(model, data, work)
+    before, after = work.notes["loss"]
+    found = pruned(input_ids=data.windows, labels=data.windows, use_cache=False).loss.detach()
+    assert float(found) == pytest.approx(after, rel=1e-4)
+    assert after <= before * (1 + 1e-6)
+    assert work.notes["keys"]
+    for place, keys in work.notes["keys"].items():
+        assert sublayer(pruned, (int(place.split()[0]), "mixer")).config.best == keys
 
 
 def test_axformer_prunes_a_classifier_by_its_labels():
