@@ -96,7 +96,10 @@ def findings(seeds: list[dict[str, Any]]) -> list[Finding]:
 
     smaller = times("weights of the blocks", "whole", "pruned")
     faster = times("milliseconds", "whole", "pruned")
-    fewer = times("operations", "pruned", "hard")
+    shares = {
+        name: mean([found["operations"][name] / found["operations"]["whole"] for found in seeds])
+        for name in KINDS
+    }
     hard = times("milliseconds", "pruned", "hard")
     chosen = all(found["keys"] for found in seeds)
     return [
@@ -128,8 +131,8 @@ def findings(seeds: list[dict[str, Any]]) -> list[Finding]:
             "That makes the model faster still.",
             "mean over seeds: fewer operations than the pruned model by the cost model, and less time (interleaved "
             "medians)",
-            {"times fewer operations": fewer, "times as fast": hard},
-            "reproduced" if fewer > 1 and hard > 1 else "not reproduced",
+            {"operations": shares, "times as fast as the pruned model": hard},
+            "reproduced" if shares["hard"] < shares["pruned"] and hard > 1 else "not reproduced",
         ),
     ]
 
