@@ -40,6 +40,7 @@ def build(kind: str):
 MODELS = {  # objective -> the models that it trains
     "causal": ["attention", "gated_linear_attention"],
     "masked": ["encoder"],
+    "masked_target": ["encoder"],
     "masked_with_decoder": ["encoder"],
     "prefix": ["attention", "prefix_attention", "encoder-decoder", "gated_linear_attention"],
     "span_denoising": ["attention", "prefix_attention", "encoder-decoder"],
@@ -109,6 +110,19 @@ def test_masked_hides_its_share_by_the_three_rules():
     assert as_mask / count == pytest.approx(0.8, abs=0.03)
     assert as_they_are / count == pytest.approx(0.1 + 0.1 / WORDS, abs=0.03)
     assert int(shown.max()) <= MASK
+
+
+def test_masked_target_hides_any_number_of_the_last_tokens():
+    made, ids = objective("masked_target", tokens=8), draw(200, 20)
+    inputs = made.inputs(ids, generator())
+    hidden = inputs["input_ids"] == MASK
+    assert not hidden[:, :12].any()
+    assert hidden.sum(1).unique().tolist() == list(range(1, 9))
+    assert inputs["labels"][hidden].equal(ids[hidden])
+    assert (inputs["labels"][~hidden] == -100).all()
+    assert inputs["input_ids"][~hidden].equal(ids[~hidden])
+    with pytest.raises(ShapeError, match="at least 9"):
+        made.inputs(ids[:, :8], generator())
 
 
 def test_masked_with_decoder_reveals_more_from_block_to_block():
