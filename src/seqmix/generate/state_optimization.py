@@ -28,6 +28,16 @@ def score_with_optimized_states(
 ) -> Tensor:
     """The loss in nats [B, T - 1] of every token of ids [B, T] but the first, with states that are optimised.
 
+    The arguments are those of `read_with_optimized_states`.
+    """
+    return read_with_optimized_states(model, ids, window=window, rate=rate, steps=steps)[0]
+
+
+def read_with_optimized_states(
+    model: SeqmixForCausalLM, ids: Tensor, *, window: int = 32, rate: float = 0.01, steps: int = 1
+) -> tuple[Tensor, State]:
+    """The losses [B, T - 1] in nats, and the state after ids[:, :-1], from which the last token can be read.
+
     Args:
         model: a causal language model; its weights get no gradients.
         ids: token ids [B, T], without pads.
@@ -56,7 +66,7 @@ def score_with_optimized_states(
             with torch.no_grad():
                 after = inside(given, state)[1]
         state = after
-    return torch.cat(scores, dim=1)
+    return torch.cat(scores, dim=1), state
 
 
 def _moved(
