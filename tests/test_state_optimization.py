@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seqmix.core.errors import RangeError
+from seqmix.generate.state_optimization import read_with_optimized_states
 from seqmix.generate.state_optimization import score_with_optimized_states as score
 from seqmix.models.hf import create
 
@@ -49,6 +50,18 @@ def test_a_token_is_scored_before_it_is_used_and_rows_are_apart():
     torch.testing.assert_close(one[:, :14], two[:, :14])
     assert not torch.allclose(one[:, 16:], two[:, 16:])
     torch.testing.assert_close(score(model, ids[:1], window=4, rate=0.05), one[:1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_text_goes_on_from_the_state_that_was_read(layout):
+    model, ids = build(layout)
+    plain, moved = (
+        read_with_optimized_states(model, ids, window=4, rate=rate)[1] for rate in (0.0, 0.05)
+    )
+    wanted = model(ids).logits[:, -1:]
+    torch.testing.assert_close(model.model(ids[:, -1:], plain)[0], wanted)
+    assert not torch.allclose(model.model(ids[:, -1:], moved)[0], wanted, atol=1e-4)
 
 
 def test_numbers_out_of_range_are_refused():
