@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from seqmix.claims._rounding import fitted, loss, prepared
 TAILS = {"normal": None, "Student's t, 8": 8.0, "Student's t, 4": 4.0}  # degrees of freedom
 BITS = (3, 4)
 INPUT_BITS = 4
+CUTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the range that even levels may take
 
 
 def measure(run: Run) -> list[Finding]:
@@ -38,13 +39,11 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     yield from _activations.linear_layers(module)
 
 
-def uniform(weight: Tensor, bits: int) -> Tensor:
-    """Rounded to 2^bits even levels over each row's range, cut as far as lowers its error."""
-    from seqmix.compress._quantizers import CLIPS
-
+def uniform(weight: Tensor, bits: int, cuts: Sequence[float] = CUTS) -> Tensor:
+    """Rounded to 2^bits even levels over each row's range, cut to that of these shares which has the least error."""
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     found, best = weight, torch.full_like(low, torch.inf)
-    for share in CLIPS:
+    for share in cuts:
         step = share * (high - low).clamp_min(1e-30) / (2**bits - 1)
         tried = ((weight - share * low) / step).round().clamp(0, 2**bits - 1) * step + share * low
         error = (tried - weight).square().sum(1, keepdim=True)
@@ -62,14 +61,17 @@ def logarithmic(weight: Tensor, bits: int) -> Tensor:
     return made.weight()
 
 
-def ratio(weight: Tensor, bits: int) -> float:
+def ratio(weight: Tensor, bits: int, cuts: Sequence[float] = CUTS) -> float:
     """Squared error of logarithmic levels over that of uniform ones."""
-    wrong = [float((f(weight, bits) - weight).square().sum()) for f in (logarithmic, uniform)]
-    return wrong[0] / max(wrong[1], 1e-30)
+    wrong, even = (
+        float((rounded - weight).square().sum())
+        for rounded in (logarithmic(weight, bits), uniform(weight, bits, cuts))
+    )
+    return wrong / max(even, 1e-30)
 
 
-def on_drawn_weights(rows: int) -> dict[str, dict[str, float]]:
-    """Ratios of errors on random weights, by how long their tails are."""
+def on_drawn_weights(rows: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Ratios of errors on random weights, by how long their tails are, over even levels with and without a cut."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         drawn = {
@@ -78,14 +80,19 @@ def on_drawn_weights(rows: int) -> dict[str, dict[str, float]]:
             else torch.distributions.StudentT(freedom).sample((rows, 576))
             for name, freedom in TAILS.items()
         }
-    return {name: {str(b): ratio(weight, b) for b in BITS} for name, weight in drawn.items()}
+    return {
+        name: {
+            tails: {str(b): ratio(weight, b, cuts) for b in BITS} for tails, weight in drawn.items()
+        }
+        for name, cuts in (("best cut", CUTS), ("whole range", (1.0,)))
+    }
 
 
 @torch.no_grad()
 def on_model(run: Run) -> dict[str, Any]:
-    """Ratios of errors on every weight of the model, and held-out losses."""
+    """Ratios of errors on every eighth output of every layer, and held-out losses."""
     model, calibration, held_out = prepared(run)
-    weights = [layer.weight.detach() for _, layer in linear_layers(model.model.backbone)]
+    weights = [layer.weight.detach()[::8] for _, layer in linear_layers(model.model.backbone)]
     found: dict[str, Any] = {"whole": loss(model, held_out), "layers": {}, "loss": {}}
     for bits in BITS:
         ratios = sorted(ratio(weight, bits) for weight in weights)
@@ -128,6 +135,7 @@ def on_diffusion(run: Run) -> dict[str, Any]:
             row[name] = {
                 "logarithmic": judge.errors(turned_model(model, bits, input_bits, run["samples"])),
                 "uniform": judge.errors(even_model(model, bits, input_bits)),
+                "uniform, whole range": judge.errors(even_model(model, bits, input_bits, (1.0,))),
             }
         found["bits"][str(bits)] = row
     return found
@@ -148,13 +156,15 @@ def turned_model(model: nn.Module, bits: int, input_bits: int | None, images: in
 
 
 @torch.no_grad()
-def even_model(model: nn.Module, bits: int, input_bits: int | None) -> nn.Module:
+def even_model(
+    model: nn.Module, bits: int, input_bits: int | None, cuts: Sequence[float] = CUTS
+) -> nn.Module:
     """With even levels, inputs rounded token by token as in the other."""
     from seqmix.linears.int4 import rounded
 
     made = copy.deepcopy(model)
     for _, layer in linear_layers(made.blocks):
-        layer.weight.copy_(uniform(layer.weight, bits))
+        layer.weight.copy_(uniform(layer.weight, bits, cuts))
         if input_bits is not None:
             layer.register_forward_pre_hook(
                 lambda layer, inputs: rounded(inputs[0], input_bits, layer.in_features)
@@ -162,8 +172,8 @@ def even_model(model: nn.Module, bits: int, input_bits: int | None) -> nn.Module
     return made
 
 
-def errors(drawn: dict[str, dict[str, float]], found: dict[str, Any]) -> Finding:
-    tailed = [r for name, row in drawn.items() if TAILS[name] for r in row.values()]
+def errors(drawn: dict[str, dict[str, dict[str, float]]], found: dict[str, Any]) -> Finding:
+    tailed = [r for name, row in drawn["best cut"].items() if TAILS[name] for r in row.values()]
     real = [row["median ratio"] for row in found["layers"].values()]
     holds = all(r < 1 for r in tailed + real)
     return Finding(
