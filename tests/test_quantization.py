@@ -1,6 +1,7 @@
 """Weights of 8 bits: what rounding may change, what is saved, and that tokens stay apart."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -253,6 +254,23 @@ def test_training_brings_two_of_four_nearer_to_the_model(options):
     far = distance(two_four(model, data, 0, options), model, data.windows)
     near = distance(two_four(model, data, 30, options), model, data.windows)
     assert near < 0.7 * far
+
+
+def test_the_pruned_model_teaches_the_rounded_one(monkeypatch):
+    taught = []
+    module = importlib.import_module("seqmix.compress.two_four")
+
+    def seen(student, teacher, ids):
+        weight = teacher.model.backbone.blocks[0].mixer.query.weight
+        zeros = (weight.unflatten(1, (-1, 4)) == 0).sum(2)
+        taught.append((teacher is model, int(zeros.min()), len(weight.unique()) > 200))
+        return distance(student, teacher, ids)
+
+    monkeypatch.setattr(module, "distance", seen)
+    model = create("attention", width=32, vocabulary=40).eval()
+    data = Calibration(windows=torch.randint(40, (4, 16)))
+    two_four(model, data, 2, "")
+    assert taught == 2 * [(True, 0, True)] + 2 * [(False, 2, True)]  # neither is rounded
 
 
 def two_four(model, data, steps, options):
