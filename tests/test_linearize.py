@@ -93,8 +93,16 @@ def test_a_wide_window_is_attention_and_every_option_of_a_layer_goes_over():
     made = linearized(model, "windowed_attention(window=64)", [0, 1])
     torch.testing.assert_close(logits(made), logits(model), rtol=0, atol=0)
     assert transfer_errors(made, model, [0, 1], text().windows[:2]) == {0: 0.0, 1: 0.0}
-    for to in ("hedgehog", "liger(window=5)", "lawcat", "gated_delta_net"):
+    for to in ("hedgehog", "hedgehog(window=5)", "liger(window=5)", "lawcat", "gated_delta_net"):
         assert logits(linearized(model, to, [0])).isfinite().all()
+
+
+def test_a_hedgehog_with_a_window_as_long_as_the_text_is_attention():
+    model = tiny("2x[attention(key_heads=2, head_width=8, qk_norm=true, bias=true, scale=0.5)]")
+    for window, equal in ((24, True), (8, False)):
+        made = linearized(model, f"hedgehog(window={window})", [0, 1])
+        assert made.model.backbone.blocks[0].mixer.config.scale == 0.5
+        assert torch.allclose(logits(made), logits(model), atol=1e-5) == equal
 
 
 def test_the_damage_is_what_replacing_one_layer_changes():

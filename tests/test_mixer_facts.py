@@ -54,6 +54,22 @@ def test_retention_depends_on_distances_alone() -> None:
     assert relative_error(torch.cat([head, tail], dim=1), wanted) < 1e-6
 
 
+def test_hedgehog_reads_a_window_by_softmax_and_the_rest_by_features() -> None:
+    mixer, x = build("hedgehog", width=16, heads=2, window=4).double(), normal(1, 11, 16)
+    torch.nn.init.normal_(mixer.window_gate)
+    q, k, v = mixer.project(x)
+    q, k = mixer.turn(q, k, torch.arange(11))
+    scores = torch.einsum("bthc,bshc->bhts", q, k) / math.sqrt(8)
+    features = torch.einsum("bthc,bshc->bhts", mixer.query_features(q), mixer.key_features(k))
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    near = (distance >= 0) & (distance < 4)
+    largest = scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)
+    share = mixer.window_gate.sigmoid()[:, None, None]
+    weights = torch.where(near, share * (scores - largest).exp(), features * (distance >= 4))
+    o = torch.einsum("bhts,bshv->bthv", weights / weights.sum(-1, keepdim=True), v)
+    assert relative_error(mixer(x)[0], mixer.output(o.flatten(-2))) < 1e-6
+
+
 def test_s4d_legs_has_the_frequencies_of_hippo() -> None:
     size = 16
     n = torch.arange(size, dtype=torch.float64)

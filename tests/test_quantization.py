@@ -1,6 +1,7 @@
 """Weights of 8 bits: what rounding may change, what is saved, and that tokens stay apart."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 from seqmix.compress import Calibration, Work, parse_recipe
 from seqmix.compress._quantizers import four_bits
 from seqmix.compress.two_four import distance
+from seqmix.compress.two_four import rounded as rounded_to
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import relative_error
 from seqmix.linears.int4 import Int4, packed, rounded, unpacked
 from seqmix.linears.int8 import Int8
-from seqmix.linears.int8 import rounded as rounded_weight
 from seqmix.linears.tied import Tied
 from seqmix.linears.two_four import TwoFour, two_largest
 from seqmix.mixers import MIXERS
@@ -198,26 +199,32 @@ def test_groups_that_do_not_fit_are_refused(recipe):
         quantized(create("attention", width=64, vocabulary=64), recipe)
 
 
+@pytest.mark.parametrize(("bits", "unit", "share"), [(8, 1, 5), (4, 1, 3), (4, 2, 2.5)])
 @torch.no_grad()
-def test_two_of_every_four_weights_stay_and_are_the_largest():
+def test_two_of_every_four_weights_stay_and_are_the_largest(bits, unit, share):
     dense = nn.Linear(48, 10)
-    mask = two_largest(dense.weight)
-    assert mask.unflatten(1, (-1, 4)).sum(2).eq(2).all()
-    dropped = dense.weight.abs().masked_fill(mask, 0).unflatten(1, (-1, 4)).amax(2)
-    kept = dense.weight.abs().masked_fill(~mask, torch.inf).unflatten(1, (-1, 4)).amin(2)
+    mask = two_largest(dense.weight, unit)
+    assert mask.unflatten(1, (-1, 4 * unit)).sum(2).eq(2 * unit).all()
+    units = mask.unflatten(1, (-1, 4, unit))
+    assert units.any(-1).equal(units.all(-1))
+    size = dense.weight.abs().unflatten(1, (-1, 4, unit)).sum(-1)
+    dropped = size.masked_fill(units[..., 0], 0).amax(2)
+    kept = size.masked_fill(~units[..., 0], torch.inf).amin(2)
     assert (dropped <= kept).all()
-    layer = TwoFour.of(dense, mask)
-    wanted = Int8.of(nn.Linear(48, 10))
-    wanted.weight, wanted.scale = rounded_weight(dense.weight * mask)
-    assert layer.whole().equal(wanted.weight)
-    assert layer.to_dense().weight.equal(wanted.to_dense().weight)
-    assert 8 * (layer.values.numel() + layer.places.numel()) == 5 * dense.weight.numel()
-    again = TwoFour.empty(dense)
+    codes, scale = rounded_to(dense.weight * mask, bits)
+    layer = TwoFour.of(dense, mask, codes, scale, bits=bits, unit=unit)
+    assert layer.whole().equal(codes)
+    weight = layer.to_dense().weight
+    assert rounded_to(weight, bits)[0].equal(codes)
+    assert relative_error(weight, dense.weight * mask) < 1.5 / 2**bits
+    stored = layer.values.numel() + layer.places.numel()
+    assert 8 * stored == share * dense.weight.numel()
+    again = TwoFour.empty(dense, **layer.options)
     again.load_state_dict(layer.state_dict())
     x = torch.randn(3, 48)
     assert again(x).equal(layer(x))
-    with pytest.raises(ConfigError, match="multiple of 8"):
-        two_largest(torch.randn(3, 12))
+    with pytest.raises(ConfigError, match=f"multiple of {8 * unit}"):
+        two_largest(torch.randn(3, 12), unit)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -226,7 +233,7 @@ def test_every_mixer_can_be_made_two_of_four(name, tmp_path):
     before = copy.deepcopy(model.state_dict())
     data = Calibration(windows=torch.randint(100, (4, 16)))
     work = Work()
-    made = parse_recipe("two_four:1(batch=2)")[0].fit(model, data, work)
+    made = parse_recipe("two_four:1(batch=2, bits=4)")[0].fit(model, data, work)
     ids = data.windows[:2, :9]
     with torch.no_grad():
         logits = made(ids).logits
@@ -238,15 +245,34 @@ def test_every_mixer_can_be_made_two_of_four(name, tmp_path):
         assert SeqmixForCausalLM.from_pretrained(tmp_path).eval()(ids).logits.equal(logits)
 
 
-def test_training_brings_two_of_four_nearer_to_the_model():
+@pytest.mark.parametrize("options", ["", ", bits=4, unit=2"], ids=["8 bits", "4 bits in pairs"])
+def test_training_brings_two_of_four_nearer_to_the_model(options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = create("attention", width=32, vocabulary=40).eval()
         data = Calibration(windows=torch.randint(40, (4, 16)))
-    far = distance(two_four(model, data, 0), model, data.windows)
-    near = distance(two_four(model, data, 30), model, data.windows)
+    far = distance(two_four(model, data, 0, options), model, data.windows)
+    near = distance(two_four(model, data, 30, options), model, data.windows)
     assert near < 0.7 * far
 
 
-def two_four(model, data, steps):
-    return parse_recipe(f"two_four:{steps}(learning_rate=0.003)")[0].fit(model, data, Work())
+def test_the_pruned_model_teaches_the_rounded_one(monkeypatch):
+    taught = []
+    module = importlib.import_module("seqmix.compress.two_four")
+
+    def seen(student, teacher, ids):
+        weight = teacher.model.backbone.blocks[0].mixer.query.weight
+        zeros = (weight.unflatten(1, (-1, 4)) == 0).sum(2)
+        taught.append((teacher is model, int(zeros.min()), len(weight.unique()) > 200))
+        return distance(student, teacher, ids)
+
+    monkeypatch.setattr(module, "distance", seen)
+    model = create("attention", width=32, vocabulary=40).eval()
+    data = Calibration(windows=torch.randint(40, (4, 16)))
+    two_four(model, data, 2, "")
+    assert taught == 2 * [(True, 0, True)] + 2 * [(False, 2, True)]  # neither is rounded
+
+
+def two_four(model, data, steps, options):
+    recipe = f"two_four:{steps}(learning_rate=0.003{options})"
+    return parse_recipe(recipe)[0].fit(model, data, Work())

@@ -7,12 +7,20 @@ import torch
 from torch import nn
 
 from seqmix.compress import Calibration, Work, parse_recipe
-from seqmix.compress._quantizers import best_step, noisy_error, to_steps, twin_log
+from seqmix.compress._quantizers import (
+    BASES,
+    CLIPS,
+    _log_codes,
+    best_step,
+    noisy_error,
+    to_steps,
+    twin_log,
+)
 from seqmix.compress.log_rotation import reflection
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import relative_error
 from seqmix.linears.noisy import Noisy
-from seqmix.linears.twin_log import TwinLog, of_codes, rotation
+from seqmix.linears.twin_log import TwinLog, from_log, of_codes, rotation
 from seqmix.mixers import MIXERS
 from seqmix.models.hf import SeqmixForCausalLM, create
 
@@ -85,6 +93,20 @@ def test_logarithmic_levels_are_the_nearest(bits):
     wrong_sign = levels * weight[..., None] < 0
     nearest = (levels - weight[..., None]).abs().masked_fill(wrong_sign, torch.inf).amin(-1)
     torch.testing.assert_close((layer.weight() - weight).abs(), nearest)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_other_peaks_and_bases_round_a_row_better(bits):
+    weight = torch.distributions.StudentT(4.0).sample((6, 50))
+
+    def errors(codes, peaks, bases):
+        return (from_log(codes, peaks, bases, bits) - weight).square().sum(1)
+
+    found = errors(*twin_log(weight, bits))
+    largest_of = torch.stack([weight.amax(1), -weight.amin(1)], 1)
+    tried = [(share * largest_of, torch.full((6,), base)) for share in CLIPS for base in BASES]
+    least = torch.stack([errors(_log_codes(weight, *t, bits), *t) for t in tried]).amin(0)
+    torch.testing.assert_close(found, least)
 
 
 def test_bases_follow_the_weights():

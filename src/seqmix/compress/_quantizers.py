@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqmix.linears.twin_log import from_log
@@ -15,7 +16,6 @@ from seqmix.linears.twin_log import from_log
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the largest entry that may be the largest step
 LARGEST_FACTOR = 15  # of a group: four bits
 BASES = (1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.7, 2.0, 2.5)  # of logarithmic levels
-SAMPLE = 128  # weights of a row, by which its base is chosen
 
 
 def largest(bits: int) -> int:
@@ -68,23 +68,45 @@ def twin_log(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns codes [O, I] in int8, sign in the highest bit and k below, peaks [O, 2] of the positive and the negative
     levels, and bases [O]. Of `CLIPS` (shares of the largest weight of either sign that the peaks are) and `BASES`, a
-    row has those with the least squared error on `SAMPLE` of its weights.
+    row has those with the least squared error.
     """
     weight = weight.detach().float()
     largest_of = torch.stack([weight.clamp_min(0).amax(1), (-weight).clamp_min(0).amax(1)], dim=1)
-    sample = weight[:, :: -(-weight.shape[1] // SAMPLE)]
-    best = weight.new_full((len(weight),), torch.inf)
-    peaks, bases = torch.ones_like(largest_of), torch.ones_like(best)
+    ordered = weight.sort(dim=1).values
+    sums, squares = (F.pad(x.cumsum(1), (1, 0)) for x in (ordered.double(), ordered.double() ** 2))
+    best = sums.new_full((len(weight),), torch.inf)
+    peaks, bases = torch.ones_like(largest_of), weight.new_ones(len(weight))
     for share in CLIPS:
         for base in BASES:
-            tried = (share * largest_of.clamp_min(1e-30), torch.full_like(best, base))
-            error = (
-                (from_log(_log_codes(sample, *tried, bits), *tried, bits) - sample).square().sum(1)
-            )
+            tried = (share * largest_of.clamp_min(1e-30), torch.full_like(bases, base))
+            error = _log_errors(ordered, sums, squares, *tried, bits)
             better = error < best
             best = torch.where(better, error, best)
             peaks[better], bases[better] = tried[0][better], base
     return _log_codes(weight, peaks, bases, bits), peaks, bases
+
+
+def _log_errors(
+    ordered: Tensor, sums: Tensor, squares: Tensor, peaks: Tensor, bases: Tensor, bits: int
+) -> Tensor:
+    """The squared error of each row [O], level by level.
+
+    The weights of a row are in order [O, I], so those that get one level l are neighbours. The error of n of them is
+    sum w^2 - 2 l sum w + n l^2, and both sums are differences of `squares` and `sums` [O, I + 1], which run up to each
+    place.
+    """
+    half = 2 ** (bits - 1)
+    descending = torch.arange(half, device=ordered.device)
+    codes = torch.cat([half + descending, descending.flip(0)]).expand(len(ordered), -1)
+    levels = from_log(codes, peaks, bases, bits)  # [O, 2 half], ascending
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    middles[:, half - 1] = 0  # a weight keeps its sign
+    ends = F.pad(torch.searchsorted(ordered, middles), (1, 0))
+    ends = F.pad(ends, (0, 1), value=ordered.shape[1])
+    count, first, second = (
+        x.diff(dim=1) for x in (ends, sums.gather(1, ends), squares.gather(1, ends))
+    )
+    return (second - 2 * levels * first + levels.double().square() * count).sum(1)
 
 
 def _log_codes(weight: Tensor, peaks: Tensor, bases: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,9 @@ outlier-aware rotation is a reflection of our own, for theirs is described by it
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +58,10 @@ class LogRotation(Transform):
         unevenness: dict[str, float] = {}
         for number, block in enumerate(work.track(made.backbone.blocks, "rounding")):
             layers = dict(linear_layers(block))
-            for name, peaks in channel_peaks(block, layers, x).items():
+            for name, peaks in channel_peaks(layers, partial(through, block, x)).items():
                 place = f"backbone.blocks.{number}.{name}"
-                unevenness[place] = float(peaks.max() / peaks.median().clamp_min(1e-30))
-                v = torch.zeros_like(peaks)
-                if unevenness[place] > self.salient:
-                    v = reflection(peaks)
-                found[place] = self.rounded(layers[name], v)
+                unevenness[place] = uneven(peaks)
+                found[place] = self.rounded(layers[name], peaks)
                 replace_layer(block, name, found[place])
             x = through(block, x)
         if not found:
@@ -70,8 +69,10 @@ class LogRotation(Transform):
         work.notes["salient outliers in"] = [p for p, u in unevenness.items() if u > self.salient]
         return replaced(model, found)
 
-    def rounded(self, layer: nn.Linear, v: Tensor) -> TwinLog:
+    def rounded(self, layer: nn.Linear, peaks: Tensor) -> TwinLog:
+        """In the place of `layer`, whose inputs have these peaks [inputs]."""
         weight = layer.weight.detach().float()
+        v = reflection(peaks) if uneven(peaks) > self.salient else torch.zeros_like(peaks)
         if self.rotated:
             weight = rotation(weight, v.to(weight))
         codes, peaks, bases = twin_log(weight, self.bits)
@@ -92,8 +93,8 @@ class LogRotation(Transform):
         return Needs(forward_tokens=2 * self.tokens, memory_mb=4 * activations / 2**20)
 
 
-def channel_peaks(block: nn.Module, layers: dict[str, nn.Linear], x: Tensor) -> dict[str, Tensor]:
-    """The largest absolute value [inputs] of every input of each layer while x passes the block."""
+def channel_peaks(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, Tensor]:
+    """The largest absolute value [inputs] of every input of each layer while something runs."""
     peaks: dict[str, Tensor] = {}
 
     def see(name: str, u: Tensor) -> None:
@@ -103,8 +104,13 @@ def channel_peaks(block: nn.Module, layers: dict[str, nn.Linear], x: Tensor) -> 
             peaks[name] = torch.maximum(peaks[name], here) if name in peaks else here
 
     with watched(layers, see):
-        through(block, x)  # type: ignore[arg-type]
+        run()
     return peaks
+
+
+def uneven(peaks: Tensor) -> float:
+    """How many times the median channel the largest is."""
+    return float(peaks.max() / peaks.median().clamp_min(1e-30))
 
 
 def reflection(direction: Tensor) -> Tensor:

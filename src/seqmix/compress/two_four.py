@@ -1,13 +1,13 @@
-"""Two of four: two of every four neighbouring weights go, the others get 8 bits, and training makes up for it.
+"""Two of four: two of every four neighbouring weights go, the others get few bits, and training makes up for it.
 
-    1. the mask keeps the two largest of every four weights;
+    1. the mask keeps the two largest of every four weights, or of four pairs of them with `unit=2`;
     2. `steps` of training with the masked weights, then as many with masked and rounded ones (gradients pass straight
        through both), each on   KL(teacher || student) + mean ||f_teacher - f_student||^2 / mean ||f_teacher||^2
 
-The teacher is the given model, f are the outputs of the last block. The embedding and the head, which are no layers of
-the blocks, get 8 bits by `int8` as a further step of a recipe.
+The first teacher is the given model, the second the model with the masked weights; f are the outputs of the last block.
+The embedding and the head, which are no layers of the blocks, get 8 bits by `int8` as a further step of a recipe.
 Yu et al. 2023 (GPUSQ-ViT, arXiv:2305.10727), section 3: structured pruning, then quantisation-aware training, both with
-distillation. They distil from the sparse model in the second part; here the teacher is the dense one in both.
+distillation. They round activations too; here only weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from seqmix.compress._activations import linear_layers
+from seqmix.compress._quantizers import best_step, to_steps
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError
 from seqmix.linears import Replacement
-from seqmix.linears.int8 import rounded
-from seqmix.linears.two_four import GROUP, KEPT, TwoFour, two_largest
+from seqmix.linears.two_four import GROUP, KEPT, TwoFour, check, two_largest
 from seqmix.models.hf import SeqmixForCausalLM
 from seqmix.models.rebuild import replaced
 
@@ -39,8 +39,11 @@ class ToTwoFour(Transform):
     learning_rate: float = 3e-4
     batch: int = 4  # windows of a step
     seed: int = 0
+    bits: int = 8  # of what is kept: 8 or 4
+    unit: int = 1  # neighbouring weights that stay or go together: 1 or 2
 
     def __post_init__(self) -> None:
+        check(self.bits, self.unit)
         if self.steps < 0 or self.batch < 1:
             raise ConfigError(
                 f"two_four: steps={self.steps}, batch={self.batch}, wanted at least 0 and 1."
@@ -51,20 +54,24 @@ class ToTwoFour(Transform):
         layers = {
             f"backbone.{place}": layer
             for place, layer in linear_layers(made.model.backbone)
-            if layer.in_features % (GROUP * KEPT) == 0
+            if layer.in_features % (GROUP * KEPT * self.unit) == 0
         }
         if not layers:
             raise ConfigError(
-                "two_four: no dense linear layer with a multiple of 8 inputs is left. Leave out this step."
+                f"two_four: no dense linear layer with a multiple of {GROUP * KEPT * self.unit} inputs is left. "
+                "Leave out this step."
             )
-        masks = {place: two_largest(layer.weight.detach()) for place, layer in layers.items()}
+        masks = {p: two_largest(layer.weight.detach(), self.unit) for p, layer in layers.items()}
         for place, layer in layers.items():
-            parametrize.register_parametrization(layer, "weight", Masked(masks[place]))
+            parametrize.register_parametrization(layer, "weight", Masked(masks[place], self.bits))
         losses = self.train(made, model, data.windows.to(model.device), work)
         found: dict[str, Replacement] = {}
         for place, layer in layers.items():
             parametrize.remove_parametrizations(layer, "weight")
-            found[place] = TwoFour.of(layer, masks[place])
+            codes, scale = rounded(layer.weight.detach(), self.bits)
+            found[place] = TwoFour.of(
+                layer, masks[place], codes, scale, bits=self.bits, unit=self.unit
+            )
         work.notes["layers"] = len(found)
         work.notes["losses"] = losses[:: max(1, len(losses) // 10)]
         return replaced(made, found).train(model.training)
@@ -78,6 +85,7 @@ class ToTwoFour(Transform):
         losses = []
         for step in work.track(range(2 * self.steps), "training"):
             if step == self.steps:
+                teacher = copy.deepcopy(student)
                 for module in student.modules():
                     if isinstance(module, Masked):
                         module.rounds = True
@@ -97,10 +105,11 @@ class ToTwoFour(Transform):
 
 
 class Masked(nn.Module):
-    """W * mask, rounded as `TwoFour` does once `rounds` is set; the gradient is that of W * mask."""
+    """W * mask, rounded to so many bits once `rounds` is set; the gradient is that of W * mask."""
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, bits: int) -> None:
         super().__init__()
+        self.bits = bits
         self.register_buffer("mask", mask, persistent=False)
         self.rounds = False
 
@@ -108,8 +117,15 @@ class Masked(nn.Module):
         kept = weight * self.mask
         if not self.rounds:
             return kept
-        codes, scale = rounded(kept)
+        codes, scale = rounded(kept.detach(), self.bits)
         return kept + (codes * scale.unsqueeze(1) - kept).detach()
+
+
+def rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers [O, I] in int8, and the step of each row [O] that has the least squared error."""
+    weight = weight.float()
+    step = best_step(weight, bits, dim=1)
+    return (to_steps(weight, step, bits) / step).round().to(torch.int8), step.flatten()
 
 
 def distance(student: SeqmixForCausalLM, teacher: SeqmixForCausalLM, ids: Tensor) -> Tensor:
