@@ -192,6 +192,11 @@ def test_train_eval_generate(command, corpus, tmp_path):
     code, out, _ = command(*generate)
     assert code == 0
     assert out.rstrip("\n") == written["text"].rstrip("\n")
+    diverse = answer(command(*generate, "--groups", 2, "--beams", 2, "--texts", 3, "--json"))
+    assert len(diverse["texts"]) == 3
+    assert diverse["text"] == diverse["texts"][0]["text"]
+    code, _, err = command(*generate, "--beams", 2, "--min-p", 0.1)
+    assert (code, "Choose one" in err) == (2, True)
 
     code, out, _ = command(*arguments)  # the finished run is found again, not trained again
     assert code == 0

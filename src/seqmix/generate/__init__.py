@@ -1,5 +1,17 @@
 """Generation: text from a model."""
 
-from seqmix.generate.text import generate
+from seqmix.generate.beams import Beams
+from seqmix.generate.contrastive import Contrastive
+from seqmix.generate.diverse_beams import DiverseBeams
+from seqmix.generate.sampling import Sampling
+from seqmix.generate.text import Text, generate, generate_texts
 
-__all__ = ["generate"]
+__all__ = [
+    "Beams",
+    "Contrastive",
+    "DiverseBeams",
+    "Sampling",
+    "Text",
+    "generate",
+    "generate_texts",
+]
