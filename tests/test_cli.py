@@ -197,6 +197,10 @@ def test_train_eval_generate(command, corpus, tmp_path):
     assert diverse["text"] == diverse["texts"][0]["text"]
     code, _, err = command(*generate, "--beams", 2, "--min-p", 0.1)
     assert (code, "Choose one" in err) == (2, True)
+    chosen = answer(command(*generate, "--choice", "cat", "--choice", "dog", "--json"))
+    assert chosen["text"] in ("The quickcat", "The quickdog")
+    code, _, err = command(*generate, "--pattern", "(a")
+    assert (code, "unclosed group" in err) == (2, True)
 
     code, out, _ = command(*arguments)  # the finished run is found again, not trained again
     assert code == 0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json as json_format
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seqmix.cli._terminal import MODEL, Json, Seed, print_json, print_text, work
-from seqmix.core.errors import ConfigError
+from seqmix.cli._terminal import MODEL, Json, Seed, print_json, print_text, say, work
+from seqmix.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from seqmix.generate._method import Method
+    from seqmix.generate.constrained import Language
 
 
 def run(
@@ -50,6 +53,15 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string; may be given again.")
     ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Write a text that matches this regular expression.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="Write JSON that is valid under the schema in this file.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="Write one of these texts; give each by itself.")
+    ] = None,
     texts: Annotated[int, typer.Option(help="So many samples or beams, one after another.")] = 1,
     seed: Seed = 0,
     json: Json = False,
@@ -59,6 +71,8 @@ def run(
     Example: `seqmix generate runs/hybrid --prompt "To be" --temperature 0.8`
 
     Example: `seqmix generate runs/hybrid --prompt "To be" --groups 3 --beams 2 --texts 3`
+
+    Example: `seqmix generate smollm2-135m --prompt "Is water wet? " --choice yes --choice no`
     """
     from seqmix.generate import Beams, Contrastive, DiverseBeams, Sampling, generate_texts
 
@@ -107,10 +121,14 @@ def run(
             texts=texts,
             new_tokens=new_tokens,
             method=method,
+            constraint=_language(pattern, json_schema, choice),
             stop=stop or (),
             seed=seed,
             stream=None if at_once else show,
         )
+    constrained = pattern is not None or json_schema is not None or choice
+    if constrained and not all(text.is_ended for text in found):
+        say("A text is cut off before its end. Raise --new-tokens for a whole one.")
     if json:
         described = [
             dataclasses.asdict(text) | {"text": prompt + text.text, "ids": len(text.ids)}
@@ -125,3 +143,26 @@ def run(
         print_text("")
     else:
         print_text("\n\n".join(prompt + text.text for text in found))
+
+
+def _language(
+    pattern: str | None, json_schema: Path | None, choice: list[str] | None
+) -> Language | None:
+    """What the options keep the text to."""
+    from seqmix.generate import Choice, JsonSchema, Pattern
+
+    languages: list[Language] = []
+    if pattern is not None:
+        languages.append(Pattern(pattern))
+    if json_schema is not None:
+        try:
+            languages.append(JsonSchema(json_format.loads(json_schema.read_text("utf-8"))))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"--json-schema {json_schema}: no JSON can be read ({error})."
+            ) from None
+    if choice:
+        languages.append(Choice(choice))
+    if len(languages) > 1:
+        raise ConfigError("--pattern, --json-schema and --choice exclude each other. Choose one.")
+    return languages[0] if languages else None

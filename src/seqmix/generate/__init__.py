@@ -1,6 +1,7 @@
 """Generation: text from a model."""
 
 from seqmix.generate.beams import Beams
+from seqmix.generate.constrained import Choice, JsonSchema, Pattern
 from seqmix.generate.contrastive import Contrastive
 from seqmix.generate.diverse_beams import DiverseBeams
 from seqmix.generate.sampling import Sampling
@@ -8,8 +9,11 @@ from seqmix.generate.text import Text, generate, generate_texts
 
 __all__ = [
     "Beams",
+    "Choice",
     "Contrastive",
     "DiverseBeams",
+    "JsonSchema",
+    "Pattern",
     "Sampling",
     "Text",
     "generate",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seqmix.core.errors import DataError, RangeError
-from seqmix.generate._method import Constraint, Continuation, Method, Task
+from seqmix.generate._method import Continuation, Method, Task
 from seqmix.generate._reader import reader_of
 from seqmix.generate.beams import Beams
+from seqmix.generate.constrained import Language
 from seqmix.generate.diverse_beams import DiverseBeams
 from seqmix.generate.sampling import GREEDY, Sampling
 from seqmix.models.pretrained import load_language_model
@@ -43,7 +44,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     method: Method | None = None,
-    constraint: Constraint | None = None,
+    constraint: Language | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -53,12 +54,13 @@ def generate(
 
     Takes the likeliest token each time; with `temperature`, `top_k` or `top_p` it samples, the same for the same
     `seed`. `method` is any other way to decode: `Sampling` with all its options, `Beams`, `DiverseBeams`,
-    `Contrastive`. `constraint` keeps the text to a language. The text ends before the first of the strings `stop`.
+    `Contrastive`. `constraint` keeps the text to a language:
+    a `Pattern`, a `JsonSchema` or a `Choice`. The text ends before the first of the strings `stop`.
     `stream` is called with each new piece of text as it comes.
 
     Raises:
-        RangeError: for a number out of range. DataError: for an empty prompt. CheckpointError: for a
-        model that cannot be loaded.
+        RangeError: for a number out of range. DataError: for an empty prompt, or a constraint that fits no text.
+        CheckpointError: for a model that cannot be loaded.
     """
     if any(value is not None for value in (temperature, top_k, top_p)):
         if method is not None:
@@ -91,7 +93,7 @@ def generate_texts(
     texts: int = 1,
     new_tokens: int = 64,
     method: Method | None = None,
-    constraint: Constraint | None = None,
+    constraint: Language | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -122,7 +124,7 @@ def generate_texts(
         stop=_stopping(tokenizer, stop) if stop else None,
         texts=texts,
         seed=seed,
-        constraint=constraint,
+        constraint=None if constraint is None else constraint.constraint(tokenizer),
         emit=None if pieces is None else pieces.put,
     )
     with torch.inference_mode():
