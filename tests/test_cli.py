@@ -197,6 +197,10 @@ def test_train_eval_generate(command, corpus, tmp_path):
     assert diverse["text"] == diverse["texts"][0]["text"]
     code, _, err = command(*generate, "--beams", 2, "--min-p", 0.1)
     assert (code, "Choose one" in err) == (2, True)
+    for guessed in (["--draft", folder], ["--lookup"]):
+        assert answer(command(*generate, *guessed, "--json"))["text"] == written["text"]
+    code, _, err = command(*generate, "--lookup", "--beams", 2)
+    assert (code, "--lookup goes with" in err) == (2, True)
     chosen = answer(command(*generate, "--choice", "cat", "--choice", "dog", "--json"))
     assert chosen["text"] in ("The quickcat", "The quickdog")
     code, _, err = command(*generate, "--pattern", "(a")

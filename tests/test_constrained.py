@@ -55,7 +55,7 @@ def holds(language, text):
     )
 
 
-@pytest.fixture(scope="module", params=["2x[attention]", "mamba2, attention", "2x[rwkv7]"])
+@pytest.fixture(scope="module", params=["mamba2, attention", "rwkv7"])
 def model(request):
     spec = ModelSpec(layout=request.param, width=32, heads=2)
     made, words = prepare(spec, "bytes", Corpus("c", ("x",)), seed=0)

@@ -16,6 +16,7 @@ from seqmix.core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from seqmix.generate._method import Method
     from seqmix.generate.constrained import Language
+    from seqmix.generate.speculative import Drafter
 
 
 def run(
@@ -50,6 +51,14 @@ def run(
     contrastive: Annotated[
         float | None, typer.Option(help="Contrastive search with this weight, in [0, 1].")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Let this model guess ahead: a faster one with the same tokenizer."),
+    ] = None,
+    lookup: Annotated[
+        bool, typer.Option("--lookup", help="Guess ahead by what followed the same words before.")
+    ] = False,
+    guesses: Annotated[int, typer.Option(help="Tokens that are guessed at a time.")] = 4,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string; may be given again.")
     ] = None,
@@ -72,9 +81,18 @@ def run(
 
     Example: `seqmix generate runs/hybrid --prompt "To be" --groups 3 --beams 2 --texts 3`
 
+    Example: `seqmix generate runs/hybrid --prompt "To be" --draft runs/small`
+
     Example: `seqmix generate smollm2-135m --prompt "Is water wet? " --choice yes --choice no`
     """
-    from seqmix.generate import Beams, Contrastive, DiverseBeams, Sampling, generate_texts
+    from seqmix.generate import (
+        Beams,
+        Contrastive,
+        DiverseBeams,
+        Sampling,
+        Speculative,
+        generate_texts,
+    )
 
     penalties = {
         "repetition_penalty": repetition_penalty,
@@ -103,6 +121,12 @@ def run(
             "Beams, --contrastive and the options of sampling are different ways to decode. Choose one."
         )
     method = searches[0] if searches else sampling
+    if draft is not None or lookup:
+        if not isinstance(method, Sampling) or (draft is not None and lookup):
+            raise ConfigError(
+                "--draft or --lookup goes with sampling or the likeliest token alone. Choose one way."
+            )
+        method = Speculative(drafter=_drafter(draft), guesses=guesses, sampling=method)
     at_once = json or texts > 1 or isinstance(method, Beams | DiverseBeams)
 
     stdout = sys.stdout
@@ -143,6 +167,14 @@ def run(
         print_text("")
     else:
         print_text("\n\n".join(prompt + text.text for text in found))
+
+
+def _drafter(draft: str | None) -> Drafter:
+    """The model of this name, or the text itself."""
+    from seqmix.generate import DraftModel, PromptLookup
+    from seqmix.models.pretrained import load_language_model
+
+    return PromptLookup() if draft is None else DraftModel(load_language_model(draft)[0])
 
 
 def _language(

@@ -5,6 +5,7 @@ from seqmix.generate.constrained import Choice, JsonSchema, Pattern
 from seqmix.generate.contrastive import Contrastive
 from seqmix.generate.diverse_beams import DiverseBeams
 from seqmix.generate.sampling import Sampling
+from seqmix.generate.speculative import DraftModel, PromptLookup, Speculative
 from seqmix.generate.text import Text, generate, generate_texts
 
 __all__ = [
@@ -12,9 +13,12 @@ __all__ = [
     "Choice",
     "Contrastive",
     "DiverseBeams",
+    "DraftModel",
     "JsonSchema",
     "Pattern",
+    "PromptLookup",
     "Sampling",
+    "Speculative",
     "Text",
     "generate",
     "generate_texts",

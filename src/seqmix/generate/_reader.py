@@ -13,7 +13,7 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, tensor
+from torch import Tensor, cat, tensor
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, select_rows
@@ -81,6 +81,16 @@ class _Foreign(Reader):
             )
 
     def read(self, ids: Tensor, state: State = None, *, keep: int = 1) -> Reading:
+        if state is None or ids.shape[1] == 1 or _continues(state):
+            return self._read(ids, state, keep)
+        parts = []
+        for column in ids.split(1, dim=1):
+            parts.append(self._read(column, state, 1))
+            state = parts[-1].state
+        logits, features = (cat([part[i] for part in parts], dim=1) for i in (0, 1))
+        return Reading(logits[:, -keep:], features[:, -keep:], state)
+
+    def _read(self, ids: Tensor, state: State, keep: int) -> Reading:
         options: dict[str, Any] = {self.cache: _copied(state)}
         if self.cuts:
             options["logits_to_keep"] = keep
@@ -97,6 +107,17 @@ class _Foreign(Reader):
         state = _copied(state)
         state.reorder_cache(tensor(rows, device=self.model.device))
         return state
+
+
+def _continues(cache: Any) -> bool:
+    """Whether several tokens can be read at once after this cache.
+
+    Recurrent models of transformers start anew there, or forget the history of their convolutions, so their tokens are
+    read one by one.
+    """
+    return type(cache).__name__ == "DynamicCache" and not any(
+        hasattr(layer, "conv_states") for layer in cache.layers
+    )
 
 
 def _copied(cache: Any) -> Any:
