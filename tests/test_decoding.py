@@ -11,7 +11,7 @@ import transformers
 
 from seqmix.core.errors import ConfigError, DataError, RangeError, ShapeError
 from seqmix.generate import Beams, Contrastive, DiverseBeams, Sampling
-from seqmix.generate._method import Task
+from seqmix.generate._method import Constraint, Task
 from seqmix.generate._reader import Reader, Reading, reader_of
 from seqmix.generate.diverse_beams import ngrams
 from seqmix.generate.sampling import GREEDY, draw, random_numbers
@@ -279,6 +279,22 @@ class TestContrastive:
             ids = torch.cat([ids, torch.tensor([[best]])], dim=1)
         found = decoded(reader_of(model), Contrastive(), ends=frozenset(), new_tokens=6)
         assert found[0].ids == ids[0, 5:].tolist()
+
+
+class Nothing(Constraint):
+    """After two tokens none may follow, and the text is no text yet."""
+
+    def allowed(self, ids, vocabulary, ends):
+        return torch.full((vocabulary,), len(ids) < 2)
+
+    def is_over(self, ids):
+        return False
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_constraint_without_a_way_on_is_an_error(name):
+    with pytest.raises(DataError, match="no token to go on with"):
+        decoded(reader_of(build("attention")), METHODS[name], constraint=Nothing())
 
 
 @pytest.mark.parametrize(

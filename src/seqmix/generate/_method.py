@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seqmix.core.errors import RangeError, ShapeError
+from seqmix.core.errors import DataError, RangeError, ShapeError
 from seqmix.generate._reader import Reader, reader_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,12 @@ class Task:
         if self.constraint is None:
             return logits
         masks = [self.constraint.allowed(ids, logits.shape[1], self.ends) for ids in written]
-        return logits.masked_fill(~torch.stack(masks).to(logits.device), -torch.inf)
+        mask = torch.stack(masks)
+        if not bool(mask.any(1).all()):
+            raise DataError(
+                "The constraint leaves no token to go on with: the tokenizer cannot write the rest of the text."
+            )
+        return logits.masked_fill(~mask.to(logits.device), -torch.inf)
 
     def continuation(self, ids: list[int], log_probability: float) -> Continuation:
         """What is given back for these new tokens."""
