@@ -55,7 +55,7 @@ def holds(language, text):
     )
 
 
-@pytest.fixture(scope="module", params=["mamba2, attention", "rwkv7"])
+@pytest.fixture(scope="module", params=["rwkv7, attention"])
 def model(request):
     spec = ModelSpec(layout=request.param, width=32, heads=2)
     made, words = prepare(spec, "bytes", Corpus("c", ("x",)), seed=0)
@@ -108,7 +108,7 @@ def test_probabilities_are_renormalised(model):
     found = generate_texts(
         made,
         prompt,
-        texts=400,
+        texts=300,
         method=Sampling(),
         constraint=Choice(texts),
         new_tokens=4,
@@ -119,7 +119,7 @@ def test_probabilities_are_renormalised(model):
             float(totals[texts.index(text.text)]), abs=1e-4
         )
     counts = torch.tensor([[each.text for each in found].count(text) for text in texts])
-    expected = 400 * totals.exp()
+    expected = 300 * totals.exp()
     assert ((counts - expected) ** 2 / expected).sum() < 13.8  # 2 degrees of freedom, p = 0.001
 
 

@@ -44,7 +44,7 @@ class Table(Reader):
         return None
 
 
-def texts(model, method, *, length=24, prompt=None, **task):
+def texts(model, method, *, length=18, prompt=None, **task):
     prompt = draw(1, 5) if prompt is None else prompt
     return method.run(model, prompt, new_tokens=length, **task)
 
@@ -144,7 +144,7 @@ def test_sampled_texts_have_the_distribution_of_plain_ones(sampling, drafter):
             longer |= {(*ids, v): chance * float(chances[0, v]) for v in range(5)}
         expected = longer
     method = Speculative(drafter=made, guesses=2, sampling=sampling)
-    count = 800
+    count = 600
     counts = dict.fromkeys(expected, 0)
     for text in texts(model, method, length=3, prompt=prompt, texts=count):
         counts[tuple(text.ids)] += 1
