@@ -53,7 +53,8 @@ def texts(model, method, *, length=18, prompt=None, **task):
 def test_greedy_text_is_the_same_for_every_mixer(layout):
     model = build(layout)
     (wanted,) = texts(model, GREEDY)
-    for drafter, guesses in ((perturbed(layout, 0.1), 3), (perturbed(layout, 0.02), UNREAD + 2)):
+    ways = [(perturbed(layout, 0.1), 3), (perturbed(layout, 0.02), UNREAD + 2)]
+    for drafter, guesses in ways if "," in layout else ways[:1]:
         (got,) = texts(model, Speculative(drafter=DraftModel(drafter), guesses=guesses))
         assert got.ids == wanted.ids
         assert got.log_probability == pytest.approx(wanted.log_probability, abs=1e-3)
