@@ -192,6 +192,19 @@ def test_train_eval_generate(command, corpus, tmp_path):
     code, out, _ = command(*generate)
     assert code == 0
     assert out.rstrip("\n") == written["text"].rstrip("\n")
+    diverse = answer(command(*generate, "--groups", 2, "--beams", 2, "--texts", 3, "--json"))
+    assert len(diverse["texts"]) == 3
+    assert diverse["text"] == diverse["texts"][0]["text"]
+    code, _, err = command(*generate, "--beams", 2, "--min-p", 0.1)
+    assert (code, "Choose one" in err) == (2, True)
+    for guessed in (["--draft", folder], ["--lookup"]):
+        assert answer(command(*generate, *guessed, "--json"))["text"] == written["text"]
+    code, _, err = command(*generate, "--lookup", "--beams", 2)
+    assert (code, "--lookup goes with" in err) == (2, True)
+    chosen = answer(command(*generate, "--choice", "cat", "--choice", "dog", "--json"))
+    assert chosen["text"] in ("The quickcat", "The quickdog")
+    code, _, err = command(*generate, "--pattern", "(a")
+    assert (code, "unclosed group" in err) == (2, True)
 
     code, out, _ = command(*arguments)  # the finished run is found again, not trained again
     assert code == 0

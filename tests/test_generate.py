@@ -7,7 +7,7 @@ import torch
 
 from seqmix.core.errors import CheckpointError, DataError, RangeError
 from seqmix.data.text import Corpus
-from seqmix.generate import generate
+from seqmix.generate import Beams, Sampling, generate, generate_texts
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.pretrained import quiet
 from seqmix.train.language import prepare
@@ -62,7 +62,7 @@ def test_beams_find_a_likelier_text(model):
         return losses.gather(1, ids[0, start:, None]).sum().item()
 
     options = {"new_tokens": 6, "tokenizer": words}
-    assert likelihood(generate(made, PROMPT, beams=8, **options)) >= likelihood(
+    assert likelihood(generate(made, PROMPT, method=Beams(width=8), **options)) >= likelihood(
         generate(made, PROMPT, **options)
     )
 
@@ -74,6 +74,44 @@ def test_stream_brings_the_same_text_in_pieces(model):
     text = generate(made, PROMPT, stream=pieces.append, **options)
     assert len(pieces) > 1
     assert PROMPT + "".join(pieces) == text == generate(made, PROMPT, **options)
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    made, words = model
+    options = {"new_tokens": 30, "seed": 4, "method": Sampling(), "tokenizer": words}
+    text = generate(made, PROMPT, **options)[len(PROMPT) :]
+    for stop in (text[5:8], text[7], text[3:12]):
+        pieces = []
+        (found,) = generate_texts(
+            made, PROMPT, stop=["\u2603", stop], stream=pieces.append, **options
+        )
+        assert found.text == text[: text.index(stop)] == "".join(pieces)
+        assert found.is_ended
+        assert len(found.ids) <= text.index(stop) + len(stop)
+    (found,) = generate_texts(made, PROMPT, stop=["\u2603"], **options)
+    assert (found.text, found.is_ended) == (text, False)
+
+
+def test_an_end_token_ends_the_text(model):
+    made, words = model
+    (found,) = generate_texts(made, PROMPT, new_tokens=6, tokenizer=words)
+    before = made.generation_config.eos_token_id
+    made.generation_config.eos_token_id = [found.ids[2]]
+    try:
+        (ended,) = generate_texts(made, PROMPT, new_tokens=6, tokenizer=words)
+    finally:
+        made.generation_config.eos_token_id = before
+    assert ended.ids == found.ids[: found.ids.index(found.ids[2]) + 1]
+    assert ended.is_ended
+
+
+def test_several_texts(model):
+    made, words = model
+    options = {"new_tokens": 6, "tokenizer": words}
+    found = generate_texts(made, PROMPT, texts=3, method=Sampling(), seed=2, **options)
+    for place, text in enumerate(found):
+        alone = generate(made, PROMPT, method=Sampling(), seed=2 + place, **options)
+        assert alone == PROMPT + text.text
 
 
 def test_from_a_folder(model, tmp_path):
@@ -89,11 +127,12 @@ def test_from_a_folder(model, tmp_path):
     ("options", "error"),
     [
         ({"new_tokens": 0}, RangeError),
-        ({"temperature": 0.0}, RangeError),
+        ({"temperature": -1.0}, RangeError),
         ({"top_k": 0}, RangeError),
         ({"top_p": 1.5}, RangeError),
-        ({"beams": 0}, RangeError),
-        ({"beams": 2, "stream": print}, RangeError),
+        ({"method": Beams(), "temperature": 1.0}, RangeError),
+        ({"stop": [""]}, RangeError),
+        ({"method": Beams(), "stream": print}, RangeError),
         ({"prompt": ""}, DataError),
         ({"model": "./nowhere"}, CheckpointError),
         ({"tokenizer": None}, DataError),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from seqmix.claims._training import QUICK_TEXT
 SIZES = (0.125, 0.25, 0.5, 1.0)  # shares of the neurons: S, M, L and XL
 NEAR = 0.01  # share by which a loss may be higher
 GUESSES = 4  # tokens of the drafter that the whole model checks at a time
-UNREAD = 8  # checked tokens that the whole model may have to read again
 
 
 def measure(run: Run) -> list[Finding]:
@@ -116,62 +114,24 @@ def agreement(run: Run, model: Any, whole: Any) -> float:
 
 def speculation(run: Run, whole: Any, drafter: Any) -> dict[str, Any]:
     """Texts of both ways to decode, and their times."""
-    prompts = [row[: run["prompt"]].tolist() for row in held_out(run)[: run["prompts"]]]
+    from seqmix.generate import DraftModel, Sampling, Speculative
+
+    prompts = [row[None, : run["prompt"]] for row in held_out(run)[: run["prompts"]]]
     new = run["new tokens"]
-    plain = [greedy(whole.model, prompt, new) for prompt in prompts]
-    guided = [guided_by(drafter.model, whole.model, prompt, new) for prompt in prompts]
-    calls: dict[str, Callable[[], object]] = {
-        "plain": lambda: [greedy(whole.model, prompt, new) for prompt in prompts],
-        "guided": lambda: [
-            guided_by(drafter.model, whole.model, prompt, new) for prompt in prompts
-        ],
-    }
+    greedy = Sampling(temperature=0.0)
+    guided = Speculative(drafter=DraftModel(drafter), guesses=GUESSES)
+
+    def decode(method: Any) -> list[Any]:
+        return [method.run(whole, prompt, new_tokens=new)[0] for prompt in prompts]
+
+    pairs = list(zip(decode(greedy), decode(guided), strict=True))
+    calls = {"plain": lambda: decode(greedy), "guided": lambda: decode(guided)}
     times = median_milliseconds(calls, run["repeats"])
     return {
-        "equal texts": sum(a == b for a, (b, _) in zip(plain, guided, strict=True)) / len(prompts),
-        "tokens per check": [new / checks for _, checks in guided],
+        "equal texts": sum(a.ids == b.ids for a, b in pairs) / len(prompts),
+        "tokens per check": [new / found.checks for _, found in pairs],
         "milliseconds per token": {k: t / new / len(prompts) for k, t in times.items()},
     }
-
-
-@torch.inference_mode()
-def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
-    """`new` tokens after the prompt."""
-    tokens, state, unread = list(prompt), None, prompt
-    for _ in range(new):
-        logits, state = model(torch.tensor([unread]), state)
-        unread = [int(logits[0, -1].argmax())]
-        tokens += unread
-    return tokens
-
-
-@torch.inference_mode()
-def guided_by(drafter: Any, model: Any, prompt: list[int], new: int) -> tuple[list[int], int]:
-    """What `greedy` gives, and how often the model checked guesses of the drafter on the way.
-
-    States are values, so guesses that were wrong leave no trace: the model goes on from a state before them, and
-    reads what it has confirmed since once more.
-    """
-    tokens, checks = list(prompt), 0
-    state, done = None, 0  # the model has read tokens[:done]
-    known, seen = None, 0  # and the drafter tokens[:seen]
-    while len(tokens) < len(prompt) + new:
-        logits, known = drafter(torch.tensor([tokens[seen:]]), known)
-        seen, further, guesses = len(tokens), known, [int(logits[0, -1].argmax())]
-        while len(guesses) < GUESSES:
-            logits, further = drafter(torch.tensor([guesses[-1:]]), further)
-            guesses.append(int(logits[0, -1].argmax()))
-        logits, after = model(torch.tensor([tokens[done:] + guesses]), state)
-        checks += 1
-        wanted = logits[0, len(tokens) - done - 1 :].argmax(-1).tolist()
-        right = next((i for i in range(GUESSES) if guesses[i] != wanted[i]), GUESSES)
-        if right == GUESSES:
-            state, done = after, len(tokens) + GUESSES
-        tokens += wanted[: right + 1]
-        if len(tokens) - done > UNREAD:
-            _, state = model(torch.tensor([tokens[done:-1]]), state)
-            done = len(tokens) - 1
-    return tokens[: len(prompt) + new], checks
 
 
 Results = list[dict[str, Any]]

@@ -1,5 +1,25 @@
 """Generation: text from a model."""
 
-from seqmix.generate.text import generate
+from seqmix.generate.beams import Beams
+from seqmix.generate.constrained import Choice, JsonSchema, Pattern
+from seqmix.generate.contrastive import Contrastive
+from seqmix.generate.diverse_beams import DiverseBeams
+from seqmix.generate.sampling import Sampling
+from seqmix.generate.speculative import DraftModel, PromptLookup, Speculative
+from seqmix.generate.text import Text, generate, generate_texts
 
-__all__ = ["generate"]
+__all__ = [
+    "Beams",
+    "Choice",
+    "Contrastive",
+    "DiverseBeams",
+    "DraftModel",
+    "JsonSchema",
+    "Pattern",
+    "PromptLookup",
+    "Sampling",
+    "Speculative",
+    "Text",
+    "generate",
+    "generate_texts",
+]
