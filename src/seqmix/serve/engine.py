@@ -285,7 +285,8 @@ class Engine:
             row.tokens.append(token)
             self.counts.answer_tokens += 1
             row.is_done = len(row.tokens) == request.max_tokens
-            logprob, top = 0.0, []
+            logprob = 0.0
+            top: Sequence[tuple[int, float]] = ()
             if request.top_logprobs is not None:
                 logprob, top = likelihood(logit, token, request.top_logprobs)
             if row.is_done:
