@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +33,9 @@ from seqmix.serve.app import create_app  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 KEY = "secret"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 SPEC = ModelSpec(layout="gated_linear_attention, attention", width=32, heads=2)
 
 
@@ -44,11 +51,11 @@ def served():
     return Served("tiny", Engine(SeqmixReader(model), limits), words)
 
 
-@pytest.fixture(scope="module")
-def address(served):
+@contextlib.contextmanager
+def running(app):
+    """The address of a server on a thread."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    app = create_app([served], api_key=KEY, body_bytes=20_000)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -58,6 +65,12 @@ def address(served):
     server.should_exit = True
     thread.join()
     listening.close()
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    with running(create_app([served], api_key=KEY, body_bytes=20_000)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +265,24 @@ def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(addres
         sent()
     assert 200 in seen
     assert max(seen) < 500
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_streams_an_answer_without_errors(served, tmp_path, width):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900"]
+    engine = Engine(served.engine.reader, served.engine.limits)
+    with running(create_app([Served("tiny", engine, served.tokenizer)])) as url:
+        done = subprocess.run([*command, f"{url}/?run"], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert 'data-runs="1"' in done.stdout
+    assert re.search(r"\b64 tokens, [\d.]+ tokens/s", done.stdout)
+    assert "states 0" not in done.stdout
 
 
 class Letters:

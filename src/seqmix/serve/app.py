@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API over engines, with `/health` and `/metrics`.
+"""The HTTP server: OpenAI's API over engines, `/health`, `/metrics`, and a page to try it from at `/`.
 
 Every refusal is `{"error": {"message", "type", "param", "code"}}` with a 4xx status: 400 for a bad request, 401 for
 a missing key, 404 for an unknown model or path, 413 for too large a body, 429 for a full queue.
@@ -13,11 +13,18 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +35,7 @@ from seqmix.serve.metrics import exposition
 from seqmix.serve.protocol import Body, ChatBody, CompletionBody
 
 BODY_BYTES = 4 << 20
+PAGE = Path(__file__).with_name("page.html")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
@@ -65,6 +73,11 @@ def create_app(
                 404, f"There is no model {name[:100]!r}. Known: {', '.join(known)}."
             )
         return known[name]
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> HTMLResponse:
+        names = json.dumps(list(known)).replace("<", "\\u003c")
+        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("MODELS", names, 1))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
