@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -234,16 +235,36 @@ def test_health_and_metrics(http):
     assert 'seqmix_answer_tokens_total{model="tiny"}' in text
 
 
+def stream_one(client, i):
+    options = {"temperature": 1.2 if i % 2 else 0, "seed": i, "max_tokens": 5 + i % 11}
+    stream = complete(client, f"Question {i}: " + "x" * (i % 17), stream=True, **options)
+    return "".join(chunk.choices[0].text for chunk in stream)
+
+
 def test_many_streams_at_once_each_get_their_own_answer(client):
-    def ask(i):
-        options = {"temperature": 1.2 if i % 2 else 0, "seed": i, "max_tokens": 5 + i % 11}
-        stream = complete(client, f"Question {i}: " + "x" * (i % 17), stream=True, **options)
-        return "".join(chunk.choices[0].text for chunk in stream)
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(lambda i: stream_one(client, i), range(64)))
+    some = range(0, 64, 7)
+    assert [together[i] for i in some] == [stream_one(client, i) for i in some]
+
+
+LOAD_SECONDS = 120
+
+
+@pytest.mark.slow
+def test_minutes_of_many_streams_lose_and_mix_nothing(client):
+    alone = [stream_one(client, i) for i in range(100)]
+    end = time.monotonic() + LOAD_SECONDS
+
+    def keep_asking(worker):
+        for i in itertools.count(worker):
+            if time.monotonic() > end:
+                return i
+            assert stream_one(client, i % 100) == alone[i % 100]
 
     with ThreadPoolExecutor(64) as pool:
-        together = list(pool.map(ask, range(64)))
-    some = range(0, 64, 7)
-    assert [together[i] for i in some] == [ask(i) for i in some]
+        asked = sum(end - start for start, end in enumerate(pool.map(keep_asking, range(64))))
+    assert asked > 64
 
 
 def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(address, served):
