@@ -148,8 +148,66 @@ def fork(state: State, copies: int) -> State:
 
 
 def concatenate_rows(states: Sequence[State]) -> State:
-    """One state with the rows of all; growing tensors must have equal lengths."""
-    return map_state(lambda *parts: torch.cat(parts, dim=0), states[0], *states[1:])
+    """One state with the rows of all.
+
+    Texts end together: what grows with a text is aligned to the right, with zeros before the shorter ones, and
+    where a part of a state tells the beginning of its rows (`start [B]`), it tells them anew.
+    """
+    first = states[0]
+    if isinstance(first, Growing):
+        return Growing(torch.cat(_end_together([each.tensor for each in states])))
+    if isinstance(first, dict) and "start" in first:
+        keys = first["keys"]
+        lengths = [
+            (s["keys"].tensor if isinstance(keys, Growing) else s["keys"]).shape[1] for s in states
+        ]
+        rest = {
+            name: concatenate_rows([s[name] for s in states])
+            if isinstance(part, Growing) or part.ndim < 2
+            else torch.cat(_end_together([s[name] for s in states]))
+            for name, part in first.items()
+        }
+        starts = [s["start"] + max(lengths) - n for s, n in zip(states, lengths, strict=True)]
+        return {**rest, "start": torch.cat(starts)}
+    if isinstance(first, dict):
+        return {name: concatenate_rows([s[name] for s in states]) for name in first}
+    if isinstance(first, list | tuple):
+        return type(first)(concatenate_rows(parts) for parts in zip(*states, strict=True))
+    return map_state(lambda *parts: torch.cat(parts, dim=0), first, *states[1:])
+
+
+def _end_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`[B, S, ...]` of several lengths S, with zeros before the shorter ones."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.cat([t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:]), t], dim=1)
+        if t.shape[1] < longest
+        else t
+        for t in tensors
+    ]
+
+
+def trim_rows(state: State, longest: int) -> State:
+    """The same state without the columns before the texts, of which the longest has `longest` tokens.
+
+    They are there after a longer text has left the batch.
+    """
+    if isinstance(state, Growing):
+        return Growing(state.tensor[:, -longest:].clone()) if state.length > longest else state
+    if isinstance(state, dict) and "start" in state:
+        unused = int(state["start"].min())
+        if not unused:
+            return state
+        cut = {
+            name: map_state(lambda leaf: leaf[:, unused:].clone() if leaf.ndim > 1 else leaf, part)
+            for name, part in state.items()
+        }
+        return {**cut, "start": state["start"] - unused}
+    if isinstance(state, dict):
+        return {name: trim_rows(part, longest) for name, part in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(trim_rows(part, longest) for part in state)
+    return state
 
 
 def detach(state: State) -> State:

@@ -1,0 +1,1 @@
+"""Serving: a model answers many requests at once, over HTTP."""
