@@ -3,11 +3,7 @@
 //
 // W is given by block rows of four outputs. A block holds, for each of them, the weights of four inputs, which may
 // be any: columns[n][j] is the input of the weights blocks[n][:, j].
-#include "sparse_matmul.hpp"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "tiles.hpp"
 
 namespace seqmix {
 namespace {
@@ -28,7 +24,6 @@ constexpr bool DOTS = false;
 constexpr uint8_t SHIFT = DOTS ? 0x80 : 0;
 
 typedef int8_t Bytes __attribute__((vector_size(WIDTH * 4)));
-typedef int8_t FewBytes __attribute__((vector_size(WIDTH)));
 
 // Which token of the tile stands at byte 16 * lane + place of a panel's row. Four rows of a panel, interleaved byte by
 // byte within lanes, make TILE_VECTORS vectors in which four bytes belong to one token; with this order of the row,
@@ -190,7 +185,7 @@ inline void dot_products(int64_t first, int64_t last, const int8_t* blocks, cons
                 for (int j = 0; j < DEPTH; ++j) {
                     FewBytes bytes;
                     std::memcpy(&bytes, panel + columns[n * DEPTH + j] * TILE + v * WIDTH, sizeof bytes);
-                    Vector x = __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
+                    Vector x = floats(bytes);
                     for (int i = 0; i < ROWS; ++i) sums[i] += x * float(blocks[(n * ROWS + i) * DEPTH + j]);
                 }
             for (int i = 0; i < ROWS; ++i) total[i][v] += __builtin_convertvector(sums[i], Integers);

@@ -2,7 +2,7 @@
 //
 // W is given by block rows: blocks offsets[r] to offsets[r + 1] are those of the outputs r P to r P + P - 1, and
 // block n holds their weights for the inputs columns[n] Q to columns[n] Q + Q - 1.
-#include "sparse_matmul.hpp"
+#include "tiles.hpp"
 
 namespace seqmix {
 namespace {

@@ -13,8 +13,8 @@ from torch import nn
 
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError
+from seqmix.kernels import missing
 from seqmix.linears import Replacement
-from seqmix.linears._int8_product import why_not_packed
 from seqmix.linears.int8 import Int8
 from seqmix.linears.tied import Tied
 from seqmix.models.hf import SeqmixForCausalLM
@@ -31,9 +31,8 @@ class ToInt8(Transform):
         layers: dict[str, Replacement] = {place: Int8.of(layer) for place, layer in found.items()}
         if "embedding" in layers and model.config.to_spec().tied:
             layers["head"] = Tied()
-        example = next(iter(found.values())).weight.detach()
         work.notes["layers"] = len(layers)
-        work.notes["product"] = why_not_packed(example[:1], example) or "FBGEMM, packed"
+        work.notes["product"] = missing() or "compiled"
         return replaced(model, layers)
 
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:

@@ -8,7 +8,7 @@ from torch import Tensor
 from seqmix.kernels._custom import columns_contiguous, custom_operator
 from seqmix.kernels._native import missing, native
 
-STRIP = 128  # outputs of a strip, as in csrc/sparse_matmul.hpp
+STRIP = 128  # outputs of a strip, as in csrc/tiles.hpp
 
 
 def without_gradients(*tensors: Tensor | None) -> str | None:

@@ -10,10 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from seqmix.core.cost import Cost, matmul_cost
-from seqmix.core.errors import ConfigError
+from seqmix.core.errors import ConfigError, ShapeError
+
+
+def in_rows(x: Tensor, inputs: int) -> Tensor:
+    """[..., I] as [1, rows, I], as the sparse products take it."""
+    if x.shape[-1] != inputs:
+        raise ShapeError(f"x has {x.shape[-1]} channels, wanted {inputs}, the inputs of the layer.")
+    return x.reshape(1, -1, inputs)
 
 
 class Replacement(nn.Module, ABC):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError, RangeError, ShapeError
-from seqmix.linears._linear import Replacement
+from seqmix.linears._linear import Replacement, in_rows
 from seqmix.ops.sparse_matmul import sparse_matmul
 
 BLOCK = (4, 1)  # outputs by inputs: the least that keeps the compiled kernel at its full rate
@@ -43,13 +43,6 @@ def in_blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
             "Choose divisors, such as (4, 1)."
         )
     return weight.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
-
-
-def in_rows(x: Tensor, inputs: int) -> Tensor:
-    """[..., I] as [1, rows, I], as the sparse products take it."""
-    if x.shape[-1] != inputs:
-        raise ShapeError(f"x has {x.shape[-1]} channels, wanted {inputs}, the inputs of the layer.")
-    return x.reshape(1, -1, inputs)
 
 
 class BlockSparse(Replacement):

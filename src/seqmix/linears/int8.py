@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.linears._int8_product import dense_product, pack, packed_product, why_not_packed
-from seqmix.linears._linear import Replacement
+from seqmix.linears._linear import Replacement, in_rows
+from seqmix.ops.int8_matmul import int8_matmul
 
 LARGEST = 127
 
@@ -29,8 +29,7 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8(Replacement):
     """In the place of a linear layer (`role="linear"`), or of an embedding (`role="embedding"`).
 
-    Few tokens on a CPU use a packed copy of the weight, made at the first such call and never saved; many tokens,
-    gradients with respect to x, and other devices use a dense product.
+    `seqmix.ops.int8_matmul` says what is computed: compiled on a CPU, as a dense product where gradients are wanted.
     """
 
     weight: Tensor
@@ -48,7 +47,6 @@ class Int8(Replacement):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self._packed: Any = None
 
     @classmethod
     def of(cls, dense: nn.Linear | nn.Embedding) -> Self:
@@ -78,14 +76,10 @@ class Int8(Replacement):
 
     def product(self, x: Tensor) -> Tensor:
         """y = diag(scale) W x + b, whichever the role."""
-        if why_not_packed(x, self.weight) is None:
-            key = (self.weight.data_ptr(), self.weight._version, self.scale._version)
-            if self._packed is None or self._packed[0] != key:
-                self._packed = (key, pack(self.weight, self.scale))
-            y = packed_product(x, self._packed[1])
-        else:
-            y = dense_product(x, self.weight, self.scale)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if not x.numel():  # as an expert that no token has chosen
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        y = int8_matmul(in_rows(x, self.in_features), self.weight, self.scale, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> nn.Linear | nn.Embedding:
         weight = self.weight.float() * self.scale.float().unsqueeze(1)
@@ -110,9 +104,6 @@ class Int8(Replacement):
         weights = self.in_features * self.out_features
         moved = 4.0 * length * (self.in_features + self.out_features)
         return Cost(flops=2.0 * length * weights, bytes=weights + moved)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_packed": None}  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, role={self.role!r}"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.linears._linear import Replacement
-from seqmix.linears.block_sparse import INDEX_BYTES, BlockSparse, in_rows
+from seqmix.linears._linear import Replacement, in_rows
+from seqmix.linears.block_sparse import INDEX_BYTES, BlockSparse
 from seqmix.ops.quantized_sparse_matmul import LARGEST, SIDE, quantized_sparse_matmul
 
 
