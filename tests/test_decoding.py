@@ -152,6 +152,11 @@ class TestSampling:
         torch.testing.assert_close(got, wanted)
         assert 1 < int((got[0] > 0).sum()) < 25
 
+    def test_a_bias_is_added(self):
+        logits = torch.tensor([[1.0, 4.0, 3.0]])
+        chances = Sampling(bias={0: 2.5}).probabilities(logits, [1], [[]])
+        torch.testing.assert_close(chances, torch.tensor([[3.5, 4.0, 3.0]]).softmax(-1))
+
     def test_presence_and_frequency_count_the_new_text(self):
         logits = torch.zeros(1, 4)
         sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)

@@ -7,10 +7,10 @@ import torch
 
 from seqmix.core.errors import RangeError
 from seqmix.core.state import leaves, num_bytes
-from seqmix.serve.engine import Engine, Limits, QueueFull, Request
+from seqmix.generate import Constraint, Sampling
+from seqmix.serve.engine import Engine, Limits, QueueFull, Request, likelihood
 from seqmix.serve.prefix_cache import PrefixCache
 from seqmix.serve.reader import SeqmixReader
-from seqmix.serve.sampling import Sampling, likelihood
 from seqmix.testing.models import build, draw
 
 LAYOUTS = (
@@ -227,49 +227,38 @@ def test_an_end_token_ends_the_answer_and_is_not_part_of_it(hybrid):
     assert short.ends == {0: "stop"}
 
 
-# Sampling
-
-
 LOGITS = torch.tensor([1.0, 4.0, 3.0, 2.0, -5.0])
-
-
-def drawn(sampling, answer=(), number=400):
-    generator = torch.Generator().manual_seed(0)
-    return {sampling.choose(LOGITS, answer, generator) for _ in range(number)}
-
-
-@pytest.mark.parametrize(
-    ("sampling", "tokens"),
-    [
-        (GREEDY, {1}),
-        (Sampling(top_k=2), {1, 2}),
-        (Sampling(top_p=0.01), {1}),
-        (Sampling(top_p=0.7), {1, 2}),  # 0.64, 0.24, 0.09, 0.03
-        (Sampling(min_p=0.1), {1, 2, 3}),
-        (Sampling(min_p=1.0), {1}),
-        (Sampling(temperature=100.0), {0, 1, 2, 3, 4}),
-        (Sampling(temperature=0, bias={4: 100.0}), {4}),
-    ],
-)
-def test_what_may_be_drawn(sampling, tokens):
-    assert drawn(sampling) == tokens
-
-
-def test_drawn_as_often_as_likely():
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(5)
-    for _ in range(4000):
-        counts[Sampling().choose(LOGITS, (), generator)] += 1
-    assert (counts / 4000 - LOGITS.softmax(-1)).abs().max() < 0.03
-
-
-def test_penalties_count_the_answer():
-    assert drawn(Sampling(temperature=0, presence_penalty=1.5), [1, 1]) == {2}
-    assert drawn(Sampling(temperature=0, frequency_penalty=0.6), [1]) == {1}
-    assert drawn(Sampling(temperature=0, frequency_penalty=0.6), [1, 1]) == {2}
 
 
 def test_log_probabilities_are_those_of_the_model():
     logprob, top = likelihood(LOGITS, 3, 2)
     assert logprob == pytest.approx(float(LOGITS.log_softmax(-1)[3]))
     assert [token for token, _ in top] == [1, 2]
+
+
+class Alternating(Constraint):
+    """Six tokens, 3 and 5 in turn; after `stuck` of them nothing may follow."""
+
+    def __init__(self, stuck=6):
+        self.stuck = stuck
+
+    def allowed(self, ids, vocabulary, ends):
+        mask = torch.zeros(vocabulary, dtype=torch.bool)
+        mask[(3, 5)[len(ids) % 2]] = len(ids) < self.stuck
+        return mask
+
+    def is_over(self, ids):
+        return len(ids) == 6
+
+
+def test_a_constraint_holds_and_ends_its_answer_alone(hybrid):
+    bound, stuck, free = (
+        Request(prompt(5, 7), Answers(), 8, GREEDY, constraint=constraint)
+        for constraint in (Alternating(), Alternating(2), None)
+    )
+    together = ask(Engine(hybrid), bound, stuck, free)
+    assert together[0][0] == [3, 5, 3, 5, 3, 5]
+    assert bound.listener.ends == {0: "stop"}
+    assert together[1][0] == [3, 5]
+    assert stuck.listener.ends == {0: "error"}
+    assert together[2] == ask(Engine(hybrid), Request(prompt(5, 7), Answers(), 8, GREEDY))[0]

@@ -170,13 +170,48 @@ def test_bad_requests(client, options):
     assert caught.value.body["message"]
 
 
-def test_a_schema_is_refused_not_ignored(client):
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        client.chat.completions.create(
-            model="tiny",
-            messages=[{"role": "user", "content": "x"}],
-            response_format={"type": "json_object"},
-        )
+def answer_in(client, response_format):
+    messages = [{"role": "user", "content": "x"}]
+    reply = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=40, response_format=response_format
+    )
+    return reply.choices[0]
+
+
+def test_a_schema_is_followed(client):
+    pytest.importorskip(
+        "llguidance", reason="llguidance is not installed: pip install 'seqmix[serve]'"
+    )
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    choice = answer_in(
+        client, {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    )
+    assert json.loads(choice.message.content)["a"] in ("x", "y")
+    assert choice.finish_reason == "stop"
+    assert answer_in(client, {"type": "json_object"}).message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "grammar"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/none"}}},
+    ],
+    ids=str,
+)
+def test_a_schema_that_cannot_be_followed_is_refused(client, response_format):
+    pytest.importorskip(
+        "llguidance", reason="llguidance is not installed: pip install 'seqmix[serve]'"
+    )
+    with pytest.raises(openai.BadRequestError):
+        answer_in(client, response_format)
 
 
 def test_unknown_models_and_wrong_keys(address, client):

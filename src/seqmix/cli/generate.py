@@ -94,18 +94,15 @@ def run(
         generate_texts,
     )
 
-    penalties = {
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-    }
     drawn = any(value is not None for value in (temperature, top_k, top_p, min_p))
     sampling = Sampling(
         temperature=(1.0 if drawn else 0.0) if temperature is None else temperature,
         top_k=top_k,
         top_p=1.0 if top_p is None else top_p,
         min_p=0.0 if min_p is None else min_p,
-        **penalties,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
     )
     searches: list[Method] = []
     if groups > 1:

@@ -1,7 +1,8 @@
 """Generation: text from a model."""
 
+from seqmix.generate._method import Constraint
 from seqmix.generate.beams import Beams
-from seqmix.generate.constrained import Choice, JsonSchema, Pattern
+from seqmix.generate.constrained import Choice, JsonSchema, Language, Pattern
 from seqmix.generate.contrastive import Contrastive
 from seqmix.generate.diverse_beams import DiverseBeams
 from seqmix.generate.sampling import Sampling
@@ -11,10 +12,12 @@ from seqmix.generate.text import Text, generate, generate_texts
 __all__ = [
     "Beams",
     "Choice",
+    "Constraint",
     "Contrastive",
     "DiverseBeams",
     "DraftModel",
     "JsonSchema",
+    "Language",
     "Pattern",
     "PromptLookup",
     "Sampling",

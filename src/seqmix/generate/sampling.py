@@ -4,6 +4,7 @@
 
     l'_v = l_v / r if l_v > 0, else l_v r     for a token v of prompt or text (Keskar et al. 2019, arXiv:1909.05858)
          - presence [c_v > 0] - frequency c_v  for a token that the new text has c_v times
+         + bias_v
 
 top-k keeps the k likeliest tokens (Fan et al. 2018, arXiv:1805.04833), top-p the likeliest that together reach p
 (Holtzman et al. 2019, arXiv:1904.09751), min-p those with at least so much of the likeliest one's probability (Nguyen
@@ -13,7 +14,8 @@ et al. 2024, arXiv:2407.01082). Axes: N texts, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ class Sampling(Method):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least("temperature", self.temperature, 0)
@@ -47,6 +50,16 @@ class Sampling(Method):
         at_least("repetition_penalty", self.repetition_penalty, 1e-9)
         within("presence_penalty", self.presence_penalty, -2, 2)
         within("frequency_penalty", self.frequency_penalty, -2, 2)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token of the logits as they are is wanted."""
+        return self.temperature == 0 and not self._changes_logits
+
+    @property
+    def _changes_logits(self) -> bool:
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1, 0, 0) or bool(self.bias)
 
     def probabilities(self, logits: Tensor, prompt: list[int], written: list[list[int]]) -> Tensor:
         """What the next token is drawn from [N, V], for the logits [N, V] after `prompt` and `written` [N]."""
@@ -72,7 +85,7 @@ class Sampling(Method):
         return chances / chances.sum(-1, keepdim=True)
 
     def _penalised(self, logits: Tensor, prompt: list[int], written: list[list[int]]) -> Tensor:
-        if (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0):
+        if not self._changes_logits:
             return logits
         logits = logits.clone()
         for row, ids in zip(logits, written, strict=True):
@@ -84,6 +97,8 @@ class Sampling(Method):
                 tokens = torch.tensor(list(counts), device=row.device)
                 times = torch.tensor(list(counts.values()), device=row.device)
                 row[tokens] -= self.presence_penalty + self.frequency_penalty * times
+            for token, bias in self.bias.items():
+                row[token] += bias
         return logits
 
     def decode(self, reader: Reader, task: Task) -> list[Continuation]:

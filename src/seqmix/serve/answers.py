@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from seqmix.generate import Constraint
+from seqmix.generate.sampling import Sampling
 from seqmix.serve.engine import Engine, Event, Request
 from seqmix.serve.protocol import Body
-from seqmix.serve.sampling import Sampling
 from seqmix.serve.writer import Writer
 
 ANSWER_TOKENS = 256  # of a request that says nothing
@@ -47,6 +48,7 @@ class Answers:
         *,
         top: int | None,
         max_tokens: int | None,
+        constraint: Constraint | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -56,6 +58,7 @@ class Answers:
             lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event),
             max_tokens=max(1, min(ANSWER_TOKENS, room)) if max_tokens is None else max_tokens,
             sampling=sampling,
+            constraint=constraint,
             seed=body.seed or 0,
             answers=body.n or 1,
             ends=served.ends,

@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seqmix.core.errors import RangeError, SeqmixError
+from seqmix.generate import Constraint
 from seqmix.serve.answers import Answers, Piece, Served
 from seqmix.serve.engine import QueueFull
 from seqmix.serve.metrics import exposition
@@ -108,7 +109,7 @@ def create_app(
         served = find(body.model)
         ids = conversation(served, body)
         tokens = body.max_completion_tokens or body.max_tokens
-        answers = begin(served, ids, body, body.top, tokens)
+        answers = begin(served, ids, body, body.top, tokens, await constraint(served, body))
         return await respond(answers, body, request, Shape(served, "chat.completion", "chatcmpl"))
 
     @app.exception_handler(HTTPException)
@@ -131,7 +132,12 @@ def create_app(
 
 
 def begin(
-    served: Served, ids: Sequence[int], body: Body, top: int | None, max_tokens: int | None
+    served: Served,
+    ids: Sequence[int],
+    body: Body,
+    top: int | None,
+    max_tokens: int | None,
+    constraint: Constraint | None = None,
 ) -> Answers:
     """Submits what a body asks for."""
     bias = {}
@@ -142,7 +148,23 @@ def begin(
         ):
             raise RangeError(f"logit_bias: {token[:20]!r} is no token of this model.")
         bias[int(token)] = value
-    return Answers(served, ids, body, body.sampling(bias), top=top, max_tokens=max_tokens)
+    return Answers(
+        served,
+        ids,
+        body,
+        body.sampling(bias),
+        top=top,
+        max_tokens=max_tokens,
+        constraint=constraint,
+    )
+
+
+async def constraint(served: Served, body: ChatBody) -> Constraint | None:
+    """What `response_format` asks of the answers; the automaton is made beside the event loop, for it takes long."""
+    language = None if body.response_format is None else body.response_format.language()
+    if language is None:
+        return None
+    return await asyncio.to_thread(language.constraint, served.tokenizer)
 
 
 def conversation(served: Served, body: ChatBody) -> list[int]:

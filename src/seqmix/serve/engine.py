@@ -17,9 +17,10 @@ from torch import Tensor
 
 from seqmix.core.errors import RangeError, SeqmixError
 from seqmix.core.state import State, concatenate_rows, fork, num_bytes, select_rows, trim_rows
+from seqmix.generate import Constraint
+from seqmix.generate.sampling import Sampling, draw, random_numbers
 from seqmix.serve.prefix_cache import Node, PrefixCache
 from seqmix.serve.reader import Reader
-from seqmix.serve.sampling import Sampling, likelihood
 
 
 class QueueFull(SeqmixError):
@@ -41,8 +42,8 @@ class Limits:
 class Event:
     """One more token of an answer, or its end.
 
-    `finish`: "length" comes with the last token; "stop" (an end-of-text token, which is not part of the answer) and
-    "error" come with none.
+    `finish`: "length" comes with the last token; "stop" (an end-of-text token, which is not part of the answer, or a
+    constraint that nothing may follow) and "error" come with none.
     """
 
     answer: int
@@ -63,6 +64,7 @@ class Request:
     listener: Callable[[Event], object]
     max_tokens: int = 16
     sampling: Sampling = field(default_factory=Sampling)
+    constraint: Constraint | None = None  # the language that answers must belong to
     seed: int = 0
     answers: int = 1
     ends: frozenset[int] = frozenset()  # tokens that end a text
@@ -93,6 +95,12 @@ class _Row:
     length: int  # tokens that the state has read
     tokens: list[int] = field(default_factory=list)
     is_done: bool = False
+
+    def finish(self, why: str) -> None:
+        """Ends the answer without a further token."""
+        self.is_done = True
+        self.request.stop(self.answer)
+        self.request.listener(Event(self.answer, finish=why))
 
     @property
     def is_over(self) -> bool:
@@ -243,7 +251,9 @@ class Engine:
                 self._reading = None
                 taken += request.answers
                 rows = [
-                    _Row(request, i, reading.node, _generator(request.seed + i), reading.position)
+                    _Row(
+                        request, i, reading.node, random_numbers(request.seed + i), reading.position
+                    )
                     for i in range(request.answers)
                 ]
                 self._extend(rows, logits.expand(len(rows), -1))
@@ -275,16 +285,18 @@ class Engine:
             request = row.request
             if request.is_stopped(row.answer):
                 continue
-            sampling = request.sampling
-            token = best if sampling.is_plain else sampling.choose(logit, row.tokens, row.generator)
+            try:
+                token = _next_token(row, logit, best)
+            except SeqmixError:  # the constraint leaves nothing to go on with
+                row.finish("error")
+                continue
             if token in request.ends:
-                row.is_done = True
-                request.stop(row.answer)
-                request.listener(Event(row.answer, finish="stop"))
+                row.finish("stop")
                 continue
             row.tokens.append(token)
             self.counts.answer_tokens += 1
-            row.is_done = len(row.tokens) == request.max_tokens
+            is_whole = request.constraint is not None and request.constraint.is_over(row.tokens)
+            row.is_done = not is_whole and len(row.tokens) == request.max_tokens
             logprob = 0.0
             top: Sequence[tuple[int, float]] = ()
             if request.top_logprobs is not None:
@@ -293,6 +305,8 @@ class Engine:
                 request.stop(row.answer)
             finish = "length" if row.is_done else None
             request.listener(Event(row.answer, token, logprob, top, finish))
+            if is_whole:
+                row.finish("stop")
 
     def _settle(self, arrived: list[tuple[list[_Row], State]]) -> None:
         """Lets rows leave whose answer is over, and the others join."""
@@ -332,5 +346,21 @@ class Engine:
                     request.listener(Event(answer, finish="error"))
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _next_token(row: _Row, logits: Tensor, likeliest: int) -> int:
+    """The token that follows, of logits [V] whose largest is at `likeliest`."""
+    request, logits = row.request, logits.float()
+    if request.constraint is not None:
+        allowed = request.constraint.allowed(row.tokens, len(logits), request.ends)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    elif request.sampling.is_plain:
+        return likeliest
+    chances = request.sampling.probabilities(logits[None], list(request.prompt), [row.tokens])
+    return draw(chances[0], row.generator)
+
+
+def likelihood(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    """log p of a token, and the `top` likeliest tokens with theirs; of the model itself, before any change."""
+    shares = logits.float().log_softmax(-1)
+    best = shares.topk(min(top, len(shares)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return float(shares[token]), list(pairs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from seqmix.serve.sampling import Sampling
+from seqmix.generate import JsonSchema, Language
+from seqmix.generate.sampling import Sampling
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Text = Annotated[str, Field(max_length=10_000_000)]
@@ -71,10 +72,38 @@ class Message(Strict):
     content: Text
 
 
-class ResponseFormat(Strict):
-    """Answers are plain text; a schema cannot be enforced yet, so it is refused."""
-
+class TextFormat(Strict):
     type: Literal["text"]
+
+    def language(self) -> Language | None:
+        return None
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+    def language(self) -> Language | None:
+        return JsonSchema({"type": "object"})
+
+
+class NamedSchema(Strict):
+    """`strict` is taken and of no effect: answers always follow the schema."""
+
+    name: Text
+    description: Text | None = None
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def language(self) -> Language | None:
+        return JsonSchema(self.json_schema.content)
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class ChatBody(Body):
