@@ -216,7 +216,9 @@ class TestBeams:
 
     def test_one_beam_is_greedy(self):
         reader = reader_of(build(LAYOUTS[0]))
-        assert decoded(reader, Beams(width=1)) == decoded(reader, GREEDY)
+        (one,), (greedy,) = decoded(reader, Beams(width=1)), decoded(reader, GREEDY)
+        assert (one.ids, one.is_ended) == (greedy.ids, greedy.is_ended)
+        assert one.log_probability == pytest.approx(greedy.log_probability, rel=1e-5)  # other sums
 
 
 class TestDiverseBeams:

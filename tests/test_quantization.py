@@ -58,7 +58,8 @@ def test_a_token_does_not_depend_on_others():
     layer = Int8.of(nn.Linear(64, 24))
     x = torch.randn(5, 64) * torch.tensor([1.0, 1e4, 0.0, 1e-4, 1.0])[:, None]
     alone = torch.cat([layer(row[None]) for row in x])
-    torch.testing.assert_close(layer(x), alone, rtol=1e-6, atol=1e-30)
+    for together, wanted in zip(layer(x), alone, strict=True):  # each by its own size
+        torch.testing.assert_close(together, wanted, rtol=0, atol=1e-6 * float(wanted.norm()))
 
 
 def test_gradients_pass_to_the_input():
