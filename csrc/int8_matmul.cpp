@@ -7,8 +7,8 @@
 namespace seqmix {
 namespace {
 
-constexpr int64_t FEW = 15;    // tokens at most
-constexpr int TOGETHER = 4;    // outputs, and tokens, whose sums are in registers at once
+constexpr int64_t FEW = 15;  // tokens at most
+constexpr int TOGETHER = 4;  // outputs, and tokens, whose sums are in registers at once
 
 inline Vector load_bytes(const int8_t* from) {
     FewBytes bytes;
@@ -106,6 +106,7 @@ void multiply(const Tensor& x, const Weights& weights, const Tensor& y, float* p
 }  // namespace
 
 SEQMIX_BINDINGS(module) {
+    module.def("int8_matmul_few", [] { return FEW; });
     module.def(
         "int8_matmul",
         [](Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor y, Tensor panel, int threads) {

@@ -9,16 +9,18 @@ from seqmix.kernels._custom import columns_contiguous, custom_operator, needs_no
 from seqmix.kernels._native import native
 from seqmix.kernels.sparse_matmul import without_gradients
 
-FEW = 15  # tokens of all texts at most, as in csrc/int8_matmul.cpp
+FEW = 0 if native is None else native.int8_matmul_few()  # tokens of all texts, at most
 WIDEST = 16  # floats of a vector
 
 
 def why_not(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> str | None:
     """Why the compiled kernel cannot run; None if it can."""
     tokens = x.shape[0] * x.shape[1]
+    if reason := without_gradients(x, scale, bias):
+        return reason
     if tokens > FEW:
         return f"{tokens} tokens are more than {FEW}, and from there on a dense product is faster"
-    return without_gradients(x, scale, bias)
+    return None
 
 
 def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

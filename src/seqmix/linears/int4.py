@@ -12,10 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.linears._linear import Replacement
-from seqmix.linears.int8 import Int8
+from seqmix.linears._expanded import Expanded
 
 ZERO = 8  # codes are kept as q + 8
 
@@ -37,7 +35,7 @@ def unpacked(bytes_: Tensor, count: int) -> Tensor:
     return both[..., :count].view(torch.int8) - ZERO
 
 
-class Int4(Replacement):
+class Int4(Expanded):
     """In the place of a linear layer (`role="linear"`), or of an embedding (`role="embedding"`).
 
     `input_bits` rounds the inputs, with a step for every group of every token, before they are multiplied.
@@ -69,7 +67,6 @@ class Int4(Replacement):
         self.register_buffer("factors", factors)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self._expanded: Any = None
 
     @classmethod
     def of(
@@ -145,25 +142,6 @@ class Int4(Replacement):
             x = rounded(x, self.input_bits, self.group)
         y: Tensor = self.expanded().product(x)
         return y
-
-    def expanded(self) -> Int8:
-        """The same layer with a byte per weight."""
-        tensors = (self.codes, self.factors, self.scale)
-        key = tuple((t.data_ptr(), t._version) for t in tensors)
-        if self._expanded is None or self._expanded[0] != key:
-            self._expanded = (key, Int8(self.whole(), self.scale, self.bias, role=self.role))
-        layer: Int8 = self._expanded[1]
-        return layer
-
-    def to_dense(self) -> nn.Linear | nn.Embedding:
-        return self.expanded().to_dense()
-
-    def cost(self, length: int) -> Cost:
-        """Half a byte per weight; what it multiplies with is a whole one."""
-        return self.expanded().cost(length)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_expanded": None}  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, group={self.group}, role={self.role!r}"

@@ -14,11 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.linears._linear import Replacement
+from seqmix.linears._expanded import Expanded
 from seqmix.linears.int4 import packed, unpacked
-from seqmix.linears.int8 import Int8
 
 GROUP, KEPT = 4, 2
 PLACES_PER_BYTE = 4
@@ -36,7 +34,7 @@ def two_largest(weight: Tensor, unit: int = 1) -> Tensor:
     return mask.flatten(1).repeat_interleave(unit, dim=1)
 
 
-class TwoFour(Replacement):
+class TwoFour(Expanded):
     """values [O, I / 2] in int8 or two to a byte, their places four to a byte, and a factor per output."""
 
     values: Tensor
@@ -63,7 +61,6 @@ class TwoFour(Replacement):
         self.register_buffer("places", places)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self._expanded: Any = None
 
     @classmethod
     @torch.no_grad()
@@ -115,29 +112,10 @@ class TwoFour(Replacement):
         groups = kept.new_zeros(self.out_features, kept.shape[1], GROUP, self.unit)
         return groups.scatter_add(2, index, kept).flatten(1)
 
-    def expanded(self) -> Int8:
-        """The same layer with a byte per weight."""
-        tensors = (self.values, self.places, self.scale)
-        key = tuple((t.data_ptr(), t._version) for t in tensors)
-        if self._expanded is None or self._expanded[0] != key:
-            self._expanded = (key, Int8(self.whole(), self.scale, self.bias))
-        layer: Int8 = self._expanded[1]
-        return layer
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] to y [..., outputs]."""
         y: Tensor = self.expanded().product(x)
         return y
-
-    def to_dense(self) -> nn.Module:
-        return self.expanded().to_dense()
-
-    def cost(self, length: int) -> Cost:
-        """That of the int8 layer which it becomes."""
-        return self.expanded().cost(length)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_expanded": None}  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, unit={self.unit}"
