@@ -57,7 +57,7 @@ class Rereader(Reader):
         new = state.shape[1] if keep == 0 else keep
         model = self.model.model
         features, _ = model.backbone(model.embedding(state))
-        return Reading(model.logits(features)[:, -new:], features[:, -new:], state)
+        return Reading(model.logits(features)[:, -new:], features[:, -ids.shape[1] :], state)
 
     def select(self, state, rows):
         return state[rows]
@@ -113,7 +113,8 @@ def test_models_of_transformers_decode_alike(kind, name):
             state = ids if state is None else torch.cat([state, ids], dim=1)
             new = state.shape[1] if keep == 0 else keep
             output = model(input_ids=state, output_hidden_states=True, use_cache=False)
-            return Reading(output.logits[:, -new:], output.hidden_states[-1][:, -new:], state)
+            features = output.hidden_states[-1][:, -ids.shape[1] :]
+            return Reading(output.logits[:, -new:], features, state)
 
     texts = 1 if name == "contrastive" else 3
     got = decoded(reader_of(model), METHODS[name], texts=texts)

@@ -101,6 +101,17 @@ class IgnoresBoundaries(Sound):
         return y, map_state(lambda leaf: leaf.repeat(count, 1, 1, 1), after)
 
 
+class ReadsATreeAsOneText(Sound):
+    def read_tree(self, x: Tensor, state: State, tree: Any) -> tuple[Tensor, State]:
+        y, _ = self(x, state)
+        return y, self(x[:, : -len(tree)], state)[1]
+
+
+class ForgetsWhatIsBeforeATree(Sound):
+    def read_tree(self, x: Tensor, state: State, tree: Any) -> tuple[Tensor, State]:
+        return super().read_tree(x, map_state(torch.zeros_like, state), tree)
+
+
 class StepsWithoutGate(Sound):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = super().step(x, state)
@@ -171,6 +182,8 @@ MUTANTS = [
     (IgnoresBoundaries, laws.packed_texts_give_the_same_gradients),
     (IgnoresBoundaries, laws.nothing_leaks_between_packed_texts),
     (IgnoresBoundaries, laws.texts_of_different_lengths_continue_together),
+    (ReadsATreeAsOneText, laws.a_tree_is_read_as_its_paths),
+    (ForgetsWhatIsBeforeATree, laws.a_tree_is_read_as_its_paths),
     (StepsWithoutGate, laws.step_equals_forward),
     (MixesRows, laws.rows_are_independent),
     (HasAnIdleParameter, laws.every_parameter_gets_a_gradient),

@@ -37,8 +37,8 @@ class Table(Reader):
         self.logits = logits
 
     def read(self, ids, state=None, *, keep=1):
-        logits = self.logits[ids % len(self.logits)][:, -keep:]
-        return Reading(logits, logits, None)
+        logits = self.logits[ids % len(self.logits)]
+        return Reading(logits[:, -keep:], logits, None)
 
     def select(self, state, rows):
         return None

@@ -7,6 +7,7 @@ from seqmix.generate.contrastive import Contrastive
 from seqmix.generate.diverse_beams import DiverseBeams
 from seqmix.generate.sampling import Sampling
 from seqmix.generate.speculative import DraftModel, PromptLookup, Speculative
+from seqmix.generate.speculative_tree import Shape, SpeculativeTree, TreeLookup, TreeModel
 from seqmix.generate.text import Text, generate, generate_texts
 
 __all__ = [
@@ -21,8 +22,12 @@ __all__ = [
     "Pattern",
     "PromptLookup",
     "Sampling",
+    "Shape",
     "Speculative",
+    "SpeculativeTree",
     "Text",
+    "TreeLookup",
+    "TreeModel",
     "generate",
     "generate_texts",
 ]

@@ -3,7 +3,7 @@
 Decoding is written against `Reader` alone. States are values: reading leaves the one that it was given as it was, so
 a guess that was wrong is taken back by going on from an earlier state, whatever the state is made of.
 
-Axes: N rows, T time, V vocabulary, D width.
+Axes: N rows, T time, K tokens that are kept, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, cat, tensor
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, select_rows
+from seqmix.core.tree import Tree
 from seqmix.models.hf import SeqmixForCausalLM
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Reading(NamedTuple):
-    """What reading gives: logits [N, T, V] and features [N, T, D] of the last tokens, and the state after all."""
+    """What reading gives: logits [N, K, V] of the last tokens, features [N, T, D] of all, and the state after them."""
 
     logits: Tensor
     features: Tensor
@@ -36,11 +37,28 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, ids: Tensor, state: State = None, *, keep: int = 1) -> Reading:
-        """Reads ids [N, T] after `state`; logits and features are those of the last `keep` tokens, of all if 0."""
+        """Reads ids [N, T] after `state`; logits are those of the last `keep` tokens, of all if 0."""
 
     @abstractmethod
     def select(self, state: State, rows: list[int]) -> State:
         """These rows of the state, in this order; a row may repeat."""
+
+    def read_tree(self, ids: Tensor, state: State, tree: Tree) -> Reading:
+        """Reads ids [1, n + T]: n tokens of a text, and then the nodes of a tree of tokens that may follow them.
+
+        Logits [1, 1 + T, V] are of the last of the n tokens and of the nodes, features [1, n + T, D] of all, each node
+        read after the path to it; the state is the one after the n tokens. In general every path is read as a text of
+        its own.
+        """
+        text, nodes = ids.tensor_split([ids.shape[1] - len(tree)], dim=1)
+        first = self.read(text, state)
+        branches = self.select(first.state, [0] * len(tree.paths))
+        read = self.read(nodes[0, tree.paths], branches, keep=0)
+        logits, features = (
+            cat([whole, paths[tree.rows, tree.depths].unsqueeze(0)], dim=1)
+            for whole, paths in zip(first[:2], read[:2], strict=True)
+        )
+        return Reading(logits, features, first.state)
 
 
 def reader_of(model: PreTrainedModel | Reader) -> Reader:
@@ -59,8 +77,12 @@ class _Own(Reader):
     def read(self, ids: Tensor, state: State = None, *, keep: int = 1) -> Reading:
         ids = ids.to(self.inside.embedding.weight.device)
         features, state = self.inside.backbone(self.inside.embedding(ids), state)
-        features = features[:, -keep:]
-        return Reading(self.inside.logits(features), features, state)
+        return Reading(self.inside.logits(features[:, -keep:]), features, state)
+
+    def read_tree(self, ids: Tensor, state: State, tree: Tree) -> Reading:
+        ids = ids.to(self.inside.embedding.weight.device)
+        features, state = self.inside.backbone(self.inside.embedding(ids), state, tree=tree)
+        return Reading(self.inside.logits(features[:, -len(tree) - 1 :]), features, state)
 
     def select(self, state: State, rows: list[int]) -> State:
         return select_rows(state, rows)
@@ -88,7 +110,7 @@ class _Foreign(Reader):
             parts.append(self._read(column, state, 1))
             state = parts[-1].state
         logits, features = (cat([part[i] for part in parts], dim=1) for i in (0, 1))
-        return Reading(logits[:, -keep:], features[:, -keep:], state)
+        return Reading(logits[:, -keep:], features, state)
 
     def _read(self, ids: Tensor, state: State, keep: int) -> Reading:
         options: dict[str, Any] = {self.cache: _copied(state)}
@@ -100,8 +122,7 @@ class _Foreign(Reader):
             output_hidden_states=True,
             **options,
         )
-        features = output.hidden_states[-1][:, -keep:]
-        return Reading(output.logits[:, -keep:], features, output[self.cache])
+        return Reading(output.logits[:, -keep:], output.hidden_states[-1], output[self.cache])
 
     def select(self, state: State, rows: list[int]) -> State:
         state = _copied(state)

@@ -34,7 +34,7 @@ class Contrastive(Method):
         """The one text that is found."""
         if task.texts > 1:
             raise RangeError(f"texts={task.texts}: contrastive search finds one text.")
-        logits, features, state = reader.read(task.prompt, keep=0)
+        logits, features, state = reader.read(task.prompt)
         logits, known = logits[:, -1], F.normalize(features[0].float(), dim=-1)
         ids: list[int] = []
         likelihood = 0.0

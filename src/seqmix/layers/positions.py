@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.ops._packing import Packing
 
 SLOWEST, FASTEST = (
@@ -104,10 +105,21 @@ class LearnedPositions(nn.Module):
             starts = lengths.cumsum(0) - lengths
             places = torch.arange(x.shape[1], device=x.device)
             places = (places + torch.repeat_interleave(before - starts, lengths)).unsqueeze(0)
+        return self._add(x, places), before + lengths
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        """x [B, n + T, D], n tokens and the nodes after them, to the same; the state is the one after the n tokens."""
+        trunk = x.shape[1] - len(tree)
+        before = self.initial_state(x.shape[0], x) if state is None else state
+        ahead = torch.cat([torch.arange(trunk), trunk + tree.depths]).to(x.device)
+        return self._add(x, before.unsqueeze(-1) + ahead), before + trunk
+
+    def _add(self, x: Tensor, places: Tensor) -> Tensor:
         longest = int(places.max()) + 1 if places.numel() else 0
         if longest > self.table.num_embeddings:
             raise RangeError(
                 f"The text has {longest} tokens, and this model has learned positions for "
                 f"{self.table.num_embeddings}. Give a shorter text, or a model with rotary positions."
             )
-        return x + self.table(places), before + lengths
+        added: Tensor = x + self.table(places)
+        return added

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import Growing, State
+from seqmix.core.tree import Tree
 from seqmix.mixers._projection import ProjectionConfig, ProjectionMixer, positions_of
 from seqmix.ops import Case
 from seqmix.ops._packing import Packing
@@ -89,6 +90,36 @@ class AttentionMixer(ProjectionMixer):
     ) -> tuple[Tensor, State]:
         o, after = self.read(*self.project(x), state, cu_seqlens)
         return self.output(o.flatten(-2)), after
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        q, k, v = self.project(x)
+        trunk = x.shape[1] - len(tree)
+        o, state = self.read(q[:, :trunk], k[:, :trunk], v[:, :trunk], state, None)
+        branches = self._read_branches(q[:, trunk:], k[:, trunk:], v[:, trunk:], state, tree)
+        o = torch.cat([o, branches], dim=1)
+        return self.output(o.flatten(-2)), state
+
+    def _read_branches(self, q: Tensor, k: Tensor, v: Tensor, state: State, tree: Tree) -> Tensor:
+        """What nodes read, [B, T, H, K]: the keys of the state, and of nodes those on the path to them."""
+        c, seen = self.config, self._seen(state)
+        own = seen.unsqueeze(-1) + tree.depths.to(q.device)  # [B, T]
+        q, k = self.turn(q, k, own)
+        held, values = (
+            old.tensor if isinstance(old, Growing) else old
+            for old in (state["keys"], state["values"])
+        )
+        rank, positions = self._places(held.shape[1], state["start"], seen)
+        before = self._sees(own, positions, rank) & (rank >= 0).unsqueeze(1)
+        beside = self._sees(own, own, own) & tree.ancestors.to(q.device)
+        return attention(
+            q,
+            torch.cat([held, k], dim=1),
+            torch.cat([values, v], dim=1),
+            causal=False,
+            bias=_hiding(torch.cat([before, beside], dim=-1), q),
+            best=c.best,
+            scale=c.scale,
+        )
 
     def read(
         self, q: Tensor, k: Tensor, v: Tensor, state: State, cu_seqlens: Tensor | None
@@ -209,19 +240,30 @@ class AttentionMixer(ProjectionMixer):
         if not bool(start.any()):
             return attention(q, keys, values, **self._visibility())
         c, total = self.config, keys.shape[1]
-        index = torch.arange(total, device=q.device)
+        rank, positions = self._places(total, start, seen)
+        own = positions[
+            :, total - q.shape[1] :
+        ]  # of the last tokens, where no sink stands in for another
+        visible = self._sees(own, positions, rank) & (rank >= 0).unsqueeze(1)
+        return attention(q, keys, values, bias=_hiding(visible, q), best=c.best, scale=c.scale)
+
+    def _places(self, total: int, start: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each of `total` keys, which one it is of its row, below 0 for none, and its position: both [B, S]."""
+        index = torch.arange(total, device=start.device)
         rank = index - start.unsqueeze(-1)
-        at_end = seen.unsqueeze(-1) - total + index
-        positions = at_end if c.window is None else torch.where(rank < c.sinks, rank, at_end)
-        own = at_end[:, total - q.shape[1] :].unsqueeze(-1)  # [B, T, 1]
-        distance = own - positions.unsqueeze(1)
-        visible = (rank >= 0).unsqueeze(1) & (distance >= 0)
-        if c.window is not None:
-            visible &= (distance < c.window) | (rank < c.sinks).unsqueeze(1)
-        bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(
-            ~visible, -torch.inf
-        )
-        return attention(q, keys, values, bias=bias.unsqueeze(1), best=c.best, scale=c.scale)
+        positions = seen.unsqueeze(-1) - total + index
+        if self.config.window is not None:
+            positions = torch.where(rank < self.config.sinks, rank, positions)
+        return rank, positions
+
+    def _sees(self, own: Tensor, positions: Tensor, rank: Tensor) -> Tensor:
+        """Whether a token at `own [B, T]` may see keys at `positions [B, S]`, [B, T, S]."""
+        distance = own.unsqueeze(-1) - positions.unsqueeze(1)
+        visible = distance >= 0
+        if self.config.window is not None:
+            near = distance < self.config.window
+            visible &= near | (rank < self.config.sinks).unsqueeze(1)
+        return visible
 
     def state_bytes(self, length: int) -> int:
         c = self.config
@@ -236,6 +278,12 @@ class AttentionMixer(ProjectionMixer):
         window = None if c.window is None else c.window + c.sinks
         sizes |= {"K": c.head_width, "V": c.head_width}
         return Case("mixer", sizes, {"window": window, "best": c.best})
+
+
+def _hiding(visible: Tensor, like: Tensor) -> Tensor:
+    """A bias [B, 1, T, S] that hides what is not visible."""
+    bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill(~visible, -torch.inf).unsqueeze(1)
 
 
 class Ragged:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from seqmix.core.config import Config
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.core.state import State, num_bytes
+from seqmix.core.state import State, fork, num_bytes
+from seqmix.core.tree import Tree
 from seqmix.linears import linear_cost
 from seqmix.ops import OPERATORS, Case
 
@@ -86,6 +87,20 @@ class Mixer(nn.Module, ABC):
         """One token: x [B, D] to y [B, D]. Override only for speed; a law compares it with `forward`."""
         y, state = self(x.unsqueeze(1), state)
         return y.squeeze(1), state
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        """Tokens that go on in several ways: x [B, n + T, D], n >= 1 tokens and then the nodes of the tree.
+
+        Gives y [B, n + T, D], where every node has read the tokens and the nodes on the path to it, and the state after
+        the n tokens. In general every path is read as a text of its own, from copies of that state. Override where one
+        pass over the nodes can do it; a law compares it with `forward`.
+        """
+        trunk, nodes = x.tensor_split([x.shape[1] - len(tree)], dim=1)
+        y, state = self(trunk, state)
+        paths = tree.paths.to(x.device)
+        branches, _ = self(nodes[:, paths].flatten(0, 1), fork(state, len(paths)))
+        branches = branches.unflatten(0, (-1, len(paths)))[:, tree.rows, tree.depths]
+        return torch.cat([y, branches], dim=1), state
 
     def operands(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None

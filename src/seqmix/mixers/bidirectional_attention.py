@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.mixers._attention import WHOLE_TEXT, AttentionConfig, AttentionMixer
 from seqmix.ops import Case
 from seqmix.ops.attention import attention
@@ -31,7 +32,8 @@ class BidirectionalAttention(AttentionMixer):
     Config = Config
     causal = False
     exceptions: ClassVar = dict.fromkeys(
-        WHOLE_TEXT, "a text is read in one call, or its end is not seen"
+        (*WHOLE_TEXT, "a_tree_is_read_as_its_paths"),
+        "a text is read in one call, or its end is not seen",
     )
     examples: ClassVar = {
         "grouped": {"heads": 4, "key_heads": 2, "qk_norm": True},
@@ -53,6 +55,9 @@ class BidirectionalAttention(AttentionMixer):
         arguments, _ = self.operands(x, None, cu_seqlens)
         o = attention(**arguments, cu_seqlens=cu_seqlens)
         return self.output(o.flatten(-2)), None
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        return self.step(x, state)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         raise ConfigError(

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
-from seqmix.ops.linear_attention import linear_attention
+from seqmix.ops.linear_attention import linear_attention, linear_attention_on_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,17 @@ class GatedLinearAttention(Mixer):
             output_final_state=True,
             cu_seqlens=cu_seqlens,
         )
-        y = self.output(self.norm(o).flatten(-2) * F.silu(self.gate(x)))
-        return y, {"recurrent": recurrent}
+        return self._read_out(o, x), {"recurrent": recurrent}
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        arguments, _ = self.operands(x)
+        before = None if state is None else state["recurrent"]
+        o, recurrent = linear_attention_on_tree(tree, **arguments, initial_state=before)
+        return self._read_out(o, x), {"recurrent": recurrent}
+
+    def _read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = self.output(self.norm(o).flatten(-2) * F.silu(self.gate(x)))
+        return y
 
     def operator_case(self, tokens: int, context: int) -> Case:
         c = self.config

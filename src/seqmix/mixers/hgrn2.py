@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
-from seqmix.ops.linear_attention import linear_attention
+from seqmix.ops.linear_attention import linear_attention, linear_attention_on_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,12 @@ class HGRN2(Mixer):
             output_final_state=True,
             cu_seqlens=cu_seqlens,
         )
+        return self.output(self.norm(o.flatten(-2))), {"recurrent": recurrent}
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        arguments, _ = self.operands(x)
+        before = None if state is None else state["recurrent"]
+        o, recurrent = linear_attention_on_tree(tree, **arguments, initial_state=before)
         return self.output(self.norm(o.flatten(-2))), {"recurrent": recurrent}
 
     def operator_case(self, tokens: int, context: int) -> Case:

@@ -20,7 +20,9 @@ from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.mixers._attention import AttentionConfig, AttentionMixer
+from seqmix.mixers._mixer import Mixer
 from seqmix.ops import OPERATORS, Case
 from seqmix.ops.linear_attention import linear_attention
 
@@ -82,6 +84,9 @@ class Liger(AttentionMixer):
         )
         y = self.output(((near + far) / 2).flatten(-2))
         return y, {"window": window, "recurrent": recurrent}
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        return Mixer.read_tree(self, x, state, tree)  # attention alone is half of it
 
     def cost(self, length: int, *, context: int = 0) -> Cost:
         c = self.config

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.layers.convolution import ShortConvolution
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import HeadsConfig, Mixer
 from seqmix.ops import Case
-from seqmix.ops.linear_attention import linear_attention
+from seqmix.ops.linear_attention import linear_attention, linear_attention_on_tree
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu1": lambda x: F.elu(x) + 1,
@@ -118,6 +119,20 @@ class LinearAttention(Mixer):
             before = None if state is None else state["convolution"]
             near, after["convolution"] = self.convolution(
                 arguments["v"].flatten(-2), before, cu_seqlens
+            )
+            o = o + near
+        return self.output(o), after
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        arguments, _ = self.operands(x)
+        before = None if state is None else state["recurrent"]
+        o, recurrent = linear_attention_on_tree(tree, **arguments, initial_state=before)
+        o = (o if self.norm is None else self.norm(o)).flatten(-2)
+        after = {"recurrent": recurrent}
+        if self.convolution is not None:
+            history = None if state is None else state["convolution"]
+            near, after["convolution"] = self.convolution.read_tree(
+                arguments["v"].flatten(-2), history, tree
             )
             o = o + near
         return self.output(o), after

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import widen
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.layers.convolution import ShortConvolution
 from seqmix.layers.initialization import initial_log_rate, initial_step_bias
 from seqmix.layers.norm import RMSNorm
 from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import Case
-from seqmix.ops.state_space_dual import state_space_dual
+from seqmix.ops.state_space_dual import state_space_dual, state_space_dual_on_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +91,20 @@ class Mamba2(Mixer):
     def operands(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[dict[str, Any], State]:
-        return self._operands(self.input(x)[..., self.config.channels :], state, cu_seqlens)
-
-    def _operands(
-        self, projected: Tensor, state: State, cu_seqlens: Tensor | None
-    ) -> tuple[dict[str, Any], State]:
-        """`projected` holds x', B, C and dt side by side."""
-        c = self.config
-        maps = c.groups * c.state_width
-        mixed, step = projected.split([c.channels + 2 * maps, c.heads], dim=-1)
+        _, mixed, step = self._project(x)
         history = None if state is None else state["convolution"]
         mixed, history = self.convolution(mixed, history, cu_seqlens)
+        return self._arguments(mixed, step), {"convolution": history}
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z, [x', B, C] before the convolution, and dt."""
+        c = self.config
+        mixed = c.channels + 2 * c.groups * c.state_width
+        return self.input(x).split([c.channels, mixed, c.heads], dim=-1)
+
+    def _arguments(self, mixed: Tensor, step: Tensor) -> dict[str, Any]:
+        c = self.config
+        maps = c.groups * c.state_width
         inner, B, C = mixed.split([c.channels, maps, maps], dim=-1)
         A_log, D, step_bias = widen(self.A_log, self.D, self.step_bias)
         return {
@@ -113,29 +117,43 @@ class Mamba2(Mixer):
             "dt_bias": step_bias,
             "dt_softplus": True,
             "negative_eigenvalues": c.negative_eigenvalues,
-        }, {"convolution": history}
+        }
 
     def forward(
         self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        channels = self.config.channels
-        projected = self.input(x)
-        z = projected[..., :channels]
-        arguments, before = self._operands(projected[..., channels:], state, cu_seqlens)
+        z, mixed, step = self._project(x)
+        history, before = (None, None) if state is None else _parts(state)
+        mixed, history = self.convolution(mixed, history, cu_seqlens)
         y, recurrent = state_space_dual(
-            **arguments,
-            initial_state=None if state is None else state["recurrent"],
+            **self._arguments(mixed, step),
+            initial_state=before,
             output_final_state=True,
             cu_seqlens=cu_seqlens,
         )
+        return self._read_out(y, z), {"convolution": history, "recurrent": recurrent}
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        z, mixed, step = self._project(x)
+        history, before = (None, None) if state is None else _parts(state)
+        mixed, history = self.convolution.read_tree(mixed, history, tree)
+        arguments = self._arguments(mixed, step)
+        y, recurrent = state_space_dual_on_tree(tree, **arguments, initial_state=before)
+        return self._read_out(y, z), {"convolution": history, "recurrent": recurrent}
+
+    def _read_out(self, y: Tensor, z: Tensor) -> Tensor:
         y = (y.flatten(-2) * F.silu(z)).unflatten(-1, (self.config.groups, -1))
         y = self.norm(y).flatten(-2) * self.norm_weight
-        return self.output(y), {**before, "recurrent": recurrent}
+        return self.output(y)
 
     def operator_case(self, tokens: int, context: int) -> Case:
         c = self.config
         sizes = {"B": 1, "T": tokens, "H": c.heads, "G": c.groups, "N": c.state_width}
         return Case("mixer", {**sizes, "P": c.channels // c.heads})
+
+
+def _parts(state: State) -> tuple[Tensor, Tensor]:
+    return state["convolution"], state["recurrent"]
 
 
 MIXER = Mamba2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.layers.convolution import ShortConvolution
 from seqmix.mixers._mixer import Mixer, MixerConfig
 from seqmix.ops import Case
@@ -50,6 +51,12 @@ class GatedShortConvolution(Mixer):
         before, after, value = self.input(x).chunk(3, dim=-1)
         history = None if state is None else state["convolution"]
         y, history = self.convolution(before * value, history, cu_seqlens)
+        return self.output(after * y), {"convolution": history}
+
+    def read_tree(self, x: Tensor, state: State, tree: Tree) -> tuple[Tensor, State]:
+        before, after, value = self.input(x).chunk(3, dim=-1)
+        history = None if state is None else state["convolution"]
+        y, history = self.convolution.read_tree(before * value, history, tree)
         return self.output(after * y), {"convolution": history}
 
     def operator_case(self, tokens: int, context: int) -> Case:

@@ -24,6 +24,7 @@ from seqmix.core.config import Config
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State
+from seqmix.core.tree import Tree
 from seqmix.layers.norm import NORMS
 from seqmix.layers.positions import LearnedPositions
 from seqmix.linears import linear_cost, replace_layers
@@ -151,12 +152,20 @@ class Block(nn.Module):
             setattr(self, f"{name}_shortcut", shortcut)
 
     def forward(
-        self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        tree: Tree | None = None,
     ) -> tuple[Tensor, State]:
         given = x
         if self.mixer is not None:
             y = x if self.residual == "post" else self.mixer_norm(x)
-            y, state = self.mixer(y, state, cu_seqlens=cu_seqlens)
+            if tree is None:
+                y, state = self.mixer(y, state, cu_seqlens=cu_seqlens)
+            else:
+                y, state = self.mixer.read_tree(y, state, tree)
             x = self._add("mixer", x, y)
         if self.channel is not None:
             y = given if self.residual == "parallel" else x
@@ -224,23 +233,33 @@ class Backbone(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(
-        self, x: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        tree: Tree | None = None,
     ) -> tuple[Tensor, State]:
         """x [B, T, D] (or [1, total, D] with `cu_seqlens`) and the state, to features and the state after x.
 
-        A state is a list with an entry per block, after one for learned positions where there are any.
+        A state is a list with an entry per block, after one for learned positions where there are any. With a tree, the
+        last tokens are its nodes and the state is the one before them, as in `Mixer.read_tree`.
         """
         states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
         after = []
         if self.scale != 1.0:
             x = x * self.scale
         if self.positions is not None:
-            x, new = self.positions(x, states.pop(0), cu_seqlens=cu_seqlens)
+            before = states.pop(0)
+            if tree is None:
+                x, new = self.positions(x, before, cu_seqlens=cu_seqlens)
+            else:
+                x, new = self.positions.read_tree(x, before, tree)
             after.append(new)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         for block, before in zip(self.blocks, states, strict=True):
-            run = partial(block, cu_seqlens=cu_seqlens)
+            run = partial(block, cu_seqlens=cu_seqlens, tree=tree)
             if self.gradient_checkpointing and self.training:
                 x, new = self._gradient_checkpointing_func(run, x, before)
             else:

@@ -17,9 +17,11 @@ from torch import Generator, Tensor
 
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
+from seqmix.core.tree import Tree
 from seqmix.kernels import linear_attention as native
 from seqmix.kernels import missing
 from seqmix.ops._arguments import check_not_positive, check_tensors
+from seqmix.ops._branches import read_branches
 from seqmix.ops._chunks import (
     decay_matrix,
     decayed_scores,
@@ -104,6 +106,41 @@ def linear_attention(
     if normalize:
         o = o[..., :-1] / (o[..., -1:] + EPSILON)
     return o.to(dtype), state if output_final_state else None
+
+
+def linear_attention_on_tree(
+    tree: Tree,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_attention` where the last tokens are the nodes of a tree; the state is the one before them.
+
+    Arguments have the shapes there with T = n + len(tree), n of at least 1; o [B, T, H, V].
+    """
+    parts = [
+        (None, None) if x is None else x.tensor_split([x.shape[1] - len(tree)], dim=1)
+        for x in (q, k, v, g)
+    ]
+    trunk, nodes = zip(*parts, strict=True)
+    options: dict[str, Any] = {"scale": scale, "normalize": normalize}
+    options["initial_state"] = initial_state
+    o, state = linear_attention(*trunk, **options, output_final_state=True)
+    assert state is not None
+    q, k, v, g, wide = widen(*nodes, state)
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    else:
+        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    branches = read_branches(tree, q, k, v, g, wide)
+    if normalize:
+        branches = branches[..., :-1] / (branches[..., -1:] + EPSILON)
+    return torch.cat([o, branches.to(o.dtype)], dim=1), state
 
 
 def definition(

@@ -19,9 +19,11 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.errors import ShapeError
 from seqmix.core.numerics import widen
+from seqmix.core.tree import Tree
 from seqmix.kernels import missing
 from seqmix.kernels import state_space_dual as native
 from seqmix.ops._arguments import check_tensors
+from seqmix.ops._branches import read_branches, signs
 from seqmix.ops._chunks import decay_matrix, from_chunks, into_chunks, running_total
 from seqmix.ops._operator import Case, Form, Operator, longer_than
 from seqmix.ops._packing import in_rows
@@ -123,6 +125,45 @@ def state_space_dual(
     return y.to(dtype), state if output_final_state else None
 
 
+def state_space_dual_on_tree(
+    tree: Tree,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    negative_eigenvalues: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`state_space_dual` where the last tokens are the nodes of a tree; the state is the one before them.
+
+    Arguments have the shapes there with T = n + len(tree), n of at least 1; y [B, T, H, P].
+    """
+    parts = (part.tensor_split([x.shape[1] - len(tree)], dim=1) for part in (x, dt, B, C))
+    (x, nodes), (dt, step), (B, k), (C, q) = parts
+    options: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
+    options |= {"negative_eigenvalues": negative_eigenvalues, "initial_state": initial_state}
+    y, state = state_space_dual(x, dt, A, B, C, D, **options, output_final_state=True)
+    assert state is not None
+    nodes, step, A, k, q, D, dt_bias, wide = widen(nodes, step, A, k, q, D, dt_bias, state)
+    step = step_size("state_space_dual", "dt", step, dt_bias, softplus=dt_softplus)
+    k, q = (maps.repeat_interleave(nodes.shape[2] // maps.shape[2], dim=2) for maps in (k, q))
+    v, log_decay = step.unsqueeze(-1) * nodes, step * A
+    if negative_eigenvalues:
+        log_decay, transition = _log_size(log_decay)
+        sign = signs(tree, transition).unsqueeze(-1)
+        branches = sign * read_branches(tree, q, k, sign * v, log_decay, wide)
+    else:
+        branches = read_branches(tree, q, k, v, log_decay, wide)
+    if D is not None:
+        branches = branches + D[:, None] * nodes
+    return torch.cat([y, branches.to(y.dtype)], dim=1), state
+
+
 def definition(
     x: Tensor,
     dt: Tensor,
@@ -165,11 +206,16 @@ def chunked(
     values, log_decay = dt.unsqueeze(-1) * x, dt * A
     if not negative:
         return _attend(values, log_decay, B, C, state)
-    transition = 1 + 2 * torch.expm1(log_decay)
+    size, transition = _log_size(log_decay)
     sign = torch.where(transition < 0, -1.0, 1.0).to(x.dtype).cumprod(1).unsqueeze(-1)
-    size = transition.abs().clamp_min(torch.finfo(x.dtype).tiny).log()
     y, state = _attend(sign * values, size, B, C, state)
     return sign * y, state * sign[:, -1].unsqueeze(-1)
+
+
+def _log_size(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """log |d| and d = 2 exp(log_decay) - 1."""
+    transition = 1 + 2 * torch.expm1(log_decay)
+    return transition.abs().clamp_min(torch.finfo(transition.dtype).tiny).log(), transition
 
 
 def _attend(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, fork, leaves, num_bytes, num_rows, select_rows
+from seqmix.core.tree import Tree
 from seqmix.mixers import Mixer
 from seqmix.ops import OPERATORS
 from seqmix.testing import _subject
@@ -22,6 +23,7 @@ from seqmix.testing._subject import LENGTH, Law, Subject, assert_close, check
 TEXTS = (1, 3, 17, 2, 8)  # lengths of packed texts
 MORE = (4, 1, 0, 9, 2)  # how they go on; one of them does not
 EXACT = 1e-9  # for float64
+TREE = Tree([-1, -1, 0, 0, 1, 2, 2, 5, 3, 8])
 
 
 def output_has_the_shape_of_the_input(subject: Subject) -> None:
@@ -178,6 +180,22 @@ def texts_of_different_lengths_continue_together(subject: Subject) -> None:
     tail, _ = mixer(torch.cat(third)[:, 2:], state)
     goal = torch.cat([goal[2] for goal in goals])
     assert_close(torch.cat([head, tail], dim=1), goal, "packed texts continued as a batch", EXACT)
+
+
+def a_tree_is_read_as_its_paths(subject: Subject) -> None:
+    """From the beginning of a text and further on: outputs of every node, and the state before the nodes."""
+    mixer = subject.build(dtype=torch.float64)
+    x = subject.tokens(9 + 3 + len(TREE), dtype=torch.float64)
+    first, x = x.tensor_split([9], dim=1)
+    for state in [mixer(first)[1]] if mixer.reads_prefix else [None, mixer(first)[1]]:
+        y, after = mixer.read_tree(x, state, TREE)
+        for node, path in enumerate(TREE.ancestors):
+            alone = torch.cat([x[:, :3], x[:, 3:][:, path]], dim=1)
+            wanted = mixer(alone, state)[0]
+            assert_close(y[:, 3 + node], wanted[:, -1], f"node {node} of a tree", EXACT)
+        trunk, before = mixer(x[:, :3], state)
+        assert_close(y[:, :3], trunk, "what the tree follows", EXACT)
+        _assert_same_state(mixer, after, before, subject, "before the tree", EXACT)
 
 
 def every_parameter_gets_a_gradient(subject: Subject) -> None:
@@ -373,6 +391,7 @@ MIXER_LAWS: tuple[Law, ...] = (
     packed_texts_give_the_same_gradients,
     nothing_leaks_between_packed_texts,
     texts_of_different_lengths_continue_together,
+    a_tree_is_read_as_its_paths,
     every_parameter_gets_a_gradient,
     every_field_has_an_effect,
     output_scale_is_moderate,
