@@ -1,0 +1,239 @@
+"""STree: trees of guesses are read in one pass by recurrent and hybrid models too (Wu et al. 2025)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqmix.claims._bytes import VOCABULARY, byte_windows, loss_on, spread
+from seqmix.claims._claim import Claim, Finding, Run, compare_groups
+from seqmix.claims._speculation import decoded, same_texts, trained
+from seqmix.claims._timing import median_milliseconds
+from seqmix.claims._training import QUICK_TEXT
+from seqmix.core.state import State
+from seqmix.generate._reader import Reader, Reading, reader_of
+
+UNROLLED, CHAIN, TREE = "unrolled tree", "chain", "tree"
+
+
+class Unrolled(Reader):
+    """Reads the paths of a tree as texts of their own, as the general form does."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def read(self, ids: Tensor, state: State = None, *, keep: int = 1) -> Reading:
+        return self.reader.read(ids, state, keep=keep)
+
+    def select(self, state: State, rows: list[int]) -> State:
+        return self.reader.select(state, rows)
+
+
+def measure(run: Run) -> list[Finding]:
+    found = run.remember("decoding", lambda: studied(run))
+    passes = run.remember("passes", lambda: reading(run))
+    return [
+        same_texts(
+            "Decoding with trees of guesses gives the text of plain decoding, greedy or drawn.",
+            {"greedy": found["greedy"], "drawn": found["drawn"]},
+        ),
+        more_tokens(found["greedy"]),
+        faster_than_chains(found["greedy"]),
+        faster_than_unrolled(found["greedy"], passes),
+    ]
+
+
+def studied(run: Run) -> dict[str, Any]:
+    from seqmix.generate import (
+        DraftModel,
+        Sampling,
+        Shape,
+        Speculative,
+        SpeculativeTree,
+        TreeModel,
+    )
+
+    rows, held_out = byte_windows(run["data"], run["length"])
+    options = {"vocabulary": VOCABULARY, "batch": run["batch"], "seed": 0}
+    model = trained(
+        run["layout"],
+        rows,
+        width=run["width"],
+        steps=run["steps"],
+        learning_rate=run["learning_rate"],
+        **options,
+    )
+    small = trained(
+        run["drafter"],
+        rows,
+        width=run["drafter width"],
+        steps=run["drafter steps"],
+        learning_rate=run["drafter learning_rate"],
+        **options,
+    )
+    prompts = [row[None, : run["prompt"]] for row in spread(held_out, run["prompts"])]
+    greedy, sampling = Sampling(temperature=0.0), Sampling()
+    ways: dict[str, Any] = {"plain": (model, greedy)}
+    drawn: dict[str, Any] = {"plain": (model, sampling)}
+    for depth in run["depths"]:
+        one, wide = (
+            TreeModel(small, Shape(depth=depth, width=width, nodes=run["nodes per depth"] * depth))
+            for width in (1, run["breadth"])
+        )
+        chain = Speculative(drafter=DraftModel(small), guesses=depth)
+        ways |= {
+            f"{CHAIN} of {depth}": (model, chain),
+            f"{CHAIN} of {depth}, by the code of trees": (model, SpeculativeTree(drafter=one)),
+            f"{TREE} of {depth}": (model, SpeculativeTree(drafter=wide)),
+            f"{UNROLLED} of {depth}": (
+                Unrolled(reader_of(model)),
+                SpeculativeTree(drafter=wide),
+            ),
+        }
+        drawn[f"{TREE} of {depth}"] = (model, SpeculativeTree(drafter=wide, sampling=sampling))
+    new = run["new tokens"]
+    return {
+        "losses": [loss_on(each, spread(held_out, run["rows"])) for each in (model, small)],
+        "parameters": [each.num_parameters() for each in (model, small)],
+        "greedy": decoded(ways, prompts, new_tokens=new, repeats=run["repeats"]),
+        "drawn": decoded(drawn, prompts, new_tokens=new),
+    }
+
+
+@torch.inference_mode()
+def reading(run: Run) -> dict[str, dict[str, float]]:
+    """Milliseconds to read random trees after a text, in one pass and unrolled."""
+    from seqmix.core.tree import Tree
+    from seqmix.models.hf import create
+
+    reader = reader_of(create(run["layout"], width=run["width"], vocabulary=VOCABULARY).eval())
+    numbers, generator = random.Random(0), torch.Generator().manual_seed(0)
+    state = reader.read(torch.randint(0, 256, (1, run["prompt"]), generator=generator)).state
+    found = {}
+    for nodes in run["tree sizes"]:
+        tree = Tree([numbers.randrange(-1, node) for node in range(nodes)])
+        ids = torch.randint(0, 256, (1, 2 + nodes), generator=generator)
+        calls = {
+            "one pass": lambda tree=tree, ids=ids: reader.read_tree(ids, state, tree),
+            "unrolled": lambda tree=tree, ids=ids: Unrolled(reader).read_tree(ids, state, tree),
+        }
+        found[str(nodes)] = median_milliseconds(calls, run["passes"])
+    return found
+
+
+def fastest(found: dict[str, Any], kind: str) -> tuple[str, float]:
+    times = {
+        name: way["milliseconds per token"] for name, way in found.items() if name.startswith(kind)
+    }
+    return min(times.items(), key=lambda item: item[1])
+
+
+def more_tokens(found: dict[str, Any]) -> Finding:
+    tokens = {name: way["tokens per check"] for name, way in found.items() if name != "plain"}
+    pairs = [
+        (tokens[name], tokens[name.replace(TREE, CHAIN) + ", by the code of trees"])
+        for name in tokens
+        if name.startswith(TREE)
+    ]
+    gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    verdicts = {compare_groups(gain, [0.0]) for gain in gains}
+    return Finding(
+        "A tree of guesses gives more tokens per check than a chain of the same depth by the same drafter.",
+        "tokens per check at every depth: above the chain's by two standard errors of the difference over prompts",
+        {name: {"mean": sum(each) / len(each), "by prompt": each} for name, each in tokens.items()},
+        verdicts.pop() if len(verdicts) == 1 else "inconclusive",
+    )
+
+
+def faster_than_chains(found: dict[str, Any]) -> Finding:
+    best = {kind: fastest(found, kind) for kind in ("plain", CHAIN, TREE)}
+    times = {name: way["milliseconds per token"] for name, way in found.items()}
+    return Finding(
+        "Decoding with trees is faster than with chains, and than plain decoding.",
+        "median milliseconds per token, each way at its best depth: trees below chains and below plain decoding",
+        {
+            "best": {kind: {name: time} for kind, (name, time) in best.items()},
+            "speed-up of trees over chains": best[CHAIN][1] / best[TREE][1],
+            "speed-up of trees over plain decoding": best["plain"][1] / best[TREE][1],
+            "milliseconds per token": times,
+        },
+        "reproduced" if best[TREE][1] < min(best[CHAIN][1], best["plain"][1]) else "not reproduced",
+    )
+
+
+def faster_than_unrolled(found: dict[str, Any], passes: dict[str, Any]) -> Finding:
+    decoding = {
+        name: found[name.replace(TREE, UNROLLED)]["milliseconds per token"]
+        / way["milliseconds per token"]
+        for name, way in found.items()
+        if name.startswith(TREE)
+    }
+    ratios = {nodes: times["unrolled"] / times["one pass"] for nodes, times in passes.items()}
+    first, *_, last = ratios.values()
+    return Finding(
+        "Reading a tree in one pass is faster than reading its paths, the more so the larger it is.",
+        "time of unrolled trees over that of one pass: above 1 in decoding and for random trees, and more for the "
+        "largest of them than for the smallest",
+        {"decoding": decoding, "random trees": ratios, "milliseconds": passes},
+        "reproduced" if min([*decoding.values(), first]) > 1 and last > first else "not reproduced",
+    )
+
+
+CLAIM = Claim(
+    title="STree: Speculative Tree Decoding for Hybrid State-Space Models",
+    paper="arXiv:2505.14969",
+    claimed="Accumulated transitions let state space models and hybrids read a tree of guesses in one pass, exactly, "
+    "at little more cost than a chain; so speculative decoding with trees beats that with chains. Here: a hybrid of 9 "
+    "M parameters and a drafter of 0.1 M on bytes, on a CPU, where the paper has models of 2.7 to 8 B on a GPU.",
+    where="abstract; sections 4 and 5, tables 1 to 3",
+    measure=measure,
+    quick={
+        "data": QUICK_TEXT,
+        "length": 32,
+        "layout": "mamba2, attention",
+        "width": 16,
+        "batch": 4,
+        "steps": 2,
+        "learning_rate": 2e-3,
+        "drafter": "mamba2",
+        "drafter width": 16,
+        "drafter steps": 2,
+        "drafter learning_rate": 4e-3,
+        "rows": 4,
+        "prompt": 8,
+        "prompts": 2,
+        "new tokens": 8,
+        "depths": [2],
+        "breadth": 2,
+        "nodes per depth": 2,
+        "tree sizes": [4, 8],
+        "passes": 1,
+        "repeats": 1,
+    },
+    full={
+        "data": "shakespeare",
+        "length": 64,
+        "layout": "3x[mamba2], attention",
+        "width": 384,
+        "batch": 8,
+        "steps": 100,
+        "learning_rate": 2e-3,
+        "drafter": "mamba2",
+        "drafter width": 96,
+        "drafter steps": 400,
+        "drafter learning_rate": 4e-3,
+        "rows": 64,
+        "prompt": 32,
+        "prompts": 6,
+        "new tokens": 48,
+        "depths": [2, 4],
+        "breadth": 3,
+        "nodes per depth": 2,
+        "tree sizes": [8, 16, 32],
+        "passes": 9,
+        "repeats": 3,
+    },
+)
