@@ -197,7 +197,7 @@ def test_train_eval_generate(command, corpus, tmp_path):
     assert diverse["text"] == diverse["texts"][0]["text"]
     code, _, err = command(*generate, "--beams", 2, "--min-p", 0.1)
     assert (code, "Choose one" in err) == (2, True)
-    for guessed in (["--draft", folder], ["--lookup"]):
+    for guessed in (["--draft", folder], ["--lookup"], ["--lookup", "--branches", 2]):
         assert answer(command(*generate, *guessed, "--json"))["text"] == written["text"]
     code, _, err = command(*generate, "--lookup", "--beams", 2)
     assert (code, "--lookup goes with" in err) == (2, True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from seqmix.generate._method import Method
     from seqmix.generate.constrained import Language
     from seqmix.generate.speculative import Drafter
+    from seqmix.generate.speculative_tree import TreeDrafter
 
 
 def run(
@@ -59,6 +60,9 @@ def run(
         bool, typer.Option("--lookup", help="Guess ahead by what followed the same words before.")
     ] = False,
     guesses: Annotated[int, typer.Option(help="Tokens that are guessed at a time.")] = 4,
+    branches: Annotated[
+        int, typer.Option(help="Guess a tree, with so many nodes at each depth.")
+    ] = 1,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string; may be given again.")
     ] = None,
@@ -91,6 +95,7 @@ def run(
         DiverseBeams,
         Sampling,
         Speculative,
+        SpeculativeTree,
         generate_texts,
     )
 
@@ -123,7 +128,14 @@ def run(
             raise ConfigError(
                 "--draft or --lookup goes with sampling or the likeliest token alone. Choose one way."
             )
-        method = Speculative(drafter=_drafter(draft), guesses=guesses, sampling=method)
+        if branches == 1:
+            method = Speculative(drafter=_drafter(draft), guesses=guesses, sampling=method)
+        else:
+            method = SpeculativeTree(
+                drafter=_tree_drafter(draft, guesses, branches), sampling=method
+            )
+    elif branches != 1:
+        raise ConfigError("--branches goes with --draft or --lookup. Add one.")
     at_once = json or texts > 1 or isinstance(method, Beams | DiverseBeams)
 
     stdout = sys.stdout
@@ -172,6 +184,17 @@ def _drafter(draft: str | None) -> Drafter:
     from seqmix.models.pretrained import load_language_model
 
     return PromptLookup() if draft is None else DraftModel(load_language_model(draft)[0])
+
+
+def _tree_drafter(draft: str | None, depth: int, width: int) -> TreeDrafter:
+    """The same, guessing trees of twice as many nodes as they are deep."""
+    from seqmix.generate import Shape, TreeLookup, TreeModel
+    from seqmix.models.pretrained import load_language_model
+
+    shape = Shape(depth=depth, width=width, nodes=2 * depth)
+    if draft is None:
+        return TreeLookup(shape=shape)
+    return TreeModel(load_language_model(draft)[0], shape)
 
 
 def _language(
