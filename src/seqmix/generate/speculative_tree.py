@@ -191,7 +191,8 @@ class SpeculativeTree(Method):
                 reading = reader.read_tree(ids, state, Tree(guesses.parents))
             else:
                 reading = reader.read(ids, state)
-            state, checks = reading.state, checks + 1
+            state = reading.state
+            checks += bool(written)  # the prompt is read without guesses
             follows = {key: node for node, key in enumerate(zip(*guesses, strict=True))}
             places = list(range(len(unread) - unknown, len(unread)))
             first, node, unread = len(unread), -1, []
