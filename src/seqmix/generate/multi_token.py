@@ -73,6 +73,10 @@ class MultiTokenReader(Reader, Drafter):
         """After how many of `count` tokens masks are read, if the last `keep` are to be known."""
         return range(count - keep + 1, count + 1)
 
+    def logits(self, features: Tensor, before: Tensor) -> Tensor:
+        """Logits [N, V] at masks of features [N, D] behind the tokens `before` [N]."""
+        return self.model.logits(features, before)
+
     def select(self, state: State, rows: list[int]) -> State:
         return state._replace(state=select_rows(state.state, rows))
 
@@ -94,7 +98,7 @@ class _MaskDraft(Draft):
         # The masks stand before the last token, which was drawn since.
         for z in self.reader.ahead.get(len(text) - 1, torch.empty(0))[:count]:
             before = torch.tensor([guesses[-1].token if guesses else text[-1]], device=z.device)
-            last = self.task.allowed(self.reader.model.logits(z[None], before), [ahead])
+            last = self.task.allowed(self.reader.logits(z[None], before), [ahead])
             chances = sampling.probabilities(last, self.prompt, [ahead])[0]
             guesses.append(Guess(draw(chances, source), chances))
             ahead.append(guesses[-1].token)

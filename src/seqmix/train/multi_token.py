@@ -49,9 +49,19 @@ class MultiToken(Objective):
                 f"multi-token: texts of {ids.shape[1]} tokens with every={self.every} and {masks} masks, wanted more "
                 f"than {self.every + masks} tokens."
             )
-        features, states = self.read(model, ids, places)
-        ahead = [model.read_masks(state, len(ids)) for state in states]
-        z = torch.stack(ahead, dim=1)  # [B, P, K, D]
+        return self.ahead(model, ids, places, *self.read(model, ids, places))
+
+    def ahead(
+        self,
+        model: MultiTokenModel,
+        ids: Tensor,
+        places: range,
+        features: Tensor,
+        states: list[State],
+    ) -> Tensor:
+        """The loss at masks after so many tokens of texts [B, T], whose `features` [B, T, D] and states are given."""
+        masks = len(model.masks)
+        z = torch.stack([model.read_masks(state, len(ids)) for state in states], dim=1)
         targets, before = (_windows(ids, places, shift, masks) for shift in (1, 0))
         anchors = _windows(features, places, 0, masks)
         direct, sampled = model.base.model.logits(z), model.logits(z, before)
@@ -62,19 +72,25 @@ class MultiToken(Objective):
             + self.consistency * F.mse_loss(z, anchors)
         )
 
-    @torch.no_grad()
     def read(
         self, model: MultiTokenModel, ids: Tensor, places: range
     ) -> tuple[Tensor, list[State]]:
-        """The frozen model's features [B, T, D] of texts [B, T], and its states after so many tokens."""
+        """Features [B, T, D] of texts [B, T], and the states after so many of their tokens."""
         features, states, state, done = [], [], None, 0
         for place in [*places, ids.shape[1]]:
-            x = model.base.model.embedding(ids[:, done:place])
-            part, state = model.base.model.backbone(x, state)
+            part, state = self.read_tokens(
+                model, model.base.model.embedding(ids[:, done:place]), state
+            )
             features.append(part)
             states.append(state)
             done = place
         return torch.cat(features, dim=1), states[:-1]
+
+    @torch.no_grad()
+    def read_tokens(self, model: MultiTokenModel, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Features of embedded tokens of the text, and the state after them: the frozen model's."""
+        features, state = model.base.model.backbone(x, state)
+        return features, state
 
 
 def _windows(x: Tensor, places: range, shift: int, length: int) -> Tensor:
