@@ -9,8 +9,8 @@ from seqmix.core.errors import RangeError, ShapeError
 from seqmix.generate import Speculative
 from seqmix.generate.multi_token import MultiTokenReader
 from seqmix.generate.sampling import GREEDY
-from seqmix.models.multi_token import MultiTokenModel
 from seqmix.models.hf import create
+from seqmix.models.multi_token import MultiTokenModel
 from seqmix.objectives import OBJECTIVES
 from seqmix.testing.models import HYBRIDS, build, close, draw
 from seqmix.train.multi_token import MultiToken
