@@ -47,13 +47,14 @@ def pair(
 
     A state is decoded at some places only; what that costs above the other model's steps, that one gets as steps.
     """
+    from seqmix.models.hf import create
+    from seqmix.train.objective import train_objective
+
     sizes = {"width": run["width"], "heads": run["heads"], "vocabulary": vocabulary}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = ModelSpec(layout="attention", depth=run["depth"], **sizes)
         future: Any = FutureTokenModel(encoder, blocks=run["blocks"], pseudo=run["pseudo"])
-        from seqmix.models.hf import create
-
         plain: Any = create(ModelSpec(layout="attention", depth=run["depth of the other"], **sizes))
     ahead = OBJECTIVES.get("future_tokens")
     objectives = {
@@ -62,8 +63,6 @@ def pair(
     }
     models = {"future": future, "next": plain}
     work = {k: operations(models[k], objectives[k], rows[: settings["batch"]]) for k in KINDS}
-    from seqmix.train.objective import train_objective
-
     for kind, model in models.items():
         train_objective(
             model,
@@ -273,7 +272,7 @@ CLAIM = Claim(
         "length": 48,
         "tests": 2000,
         "probed": 2000,
-        "texts": {"steps": 200, "batch": 32, "ahead": 8, "every": 4},
+        "texts": {"steps": 250, "batch": 16, "ahead": 8, "every": 4},
         "programs": {
             "problems": 3000,
             "one in": 7,
