@@ -168,7 +168,7 @@ def studied(run: Run, kind: str, seed: int) -> dict[str, Any]:
 
 def ordinary_loss(logits: Tensor, rows: Tensor) -> float:
     """Nats per token of texts [N, T]."""
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()))
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
 @torch.no_grad()
