@@ -334,7 +334,7 @@ CLAIM = Claim(
         "learning_rate": 4e-3,
         "rows": 4,
         "prompt": 8,
-        "prompts": 2,
+        "prompts": 1,
         "new tokens": 8,
         "seeds": 1,
     },
