@@ -284,6 +284,6 @@ CLAIM = Claim(
         },
         **SIZES,
         "learning_rate": 3e-3,
-        "seeds": 2,
+        "seeds": 1,
     },
 )
