@@ -11,6 +11,7 @@ from torch import Tensor
 from seqmix.core.errors import ConfigError, DataError, ShapeError
 from seqmix.models.backbone import ModelSpec
 from seqmix.models.encoder import SeqmixForMaskedLM
+from seqmix.models.future_tokens import FutureTokenModel
 from seqmix.models.hf import SeqmixForCausalLM
 from seqmix.models.seq2seq import SeqmixForSeq2SeqLM
 from seqmix.objectives import OBJECTIVES, target_logits
@@ -32,6 +33,8 @@ def build(kind: str):
             for layout in ("bidirectional_attention", "attention")
         )
         made = SeqmixForSeq2SeqLM.create(encoder, decoder)
+    elif kind == "future":
+        made = FutureTokenModel(ModelSpec(layout="2x[attention]", **SIZES))
     else:
         made = SeqmixForCausalLM.create(f"2x[{kind}]", **SIZES)
     return made.eval()
@@ -39,6 +42,7 @@ def build(kind: str):
 
 MODELS = {  # objective -> the models that it trains
     "causal": ["attention", "gated_linear_attention"],
+    "future_tokens": ["future"],
     "masked": ["encoder"],
     "masked_target": ["encoder"],
     "masked_with_decoder": ["encoder"],
