@@ -39,7 +39,9 @@ def build(kind: str):
 
 MODELS = {  # objective -> the models that it trains
     "causal": ["attention", "gated_linear_attention"],
+    "insertion": ["encoder"],
     "masked": ["encoder"],
+    "masked_diffusion": ["encoder"],
     "masked_target": ["encoder"],
     "masked_with_decoder": ["encoder"],
     "prefix": ["attention", "prefix_attention", "encoder-decoder", "gated_linear_attention"],
@@ -51,6 +53,7 @@ PAIRS = [(name, model) for name, models in MODELS.items() for model in models]
 def objective(name: str, **fields):
     kind = OBJECTIVES.get(name)
     ids = {"mask_id": MASK, "vocabulary": WORDS, "first_mark": MASK}
+    ids |= {"stop_id": MASK, "pad_id": MASK + 1}
     known = {key: value for key, value in ids.items() if key in kind.Config.fields()}
     return kind(kind.Config.from_dict(known | fields))
 
