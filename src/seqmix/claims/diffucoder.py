@@ -12,8 +12,8 @@ from torch import Tensor
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
 from seqmix.claims._training import QUICK_TEXT
 
-SPANS = (1, 2, 4)  # k of both measures
-DIGITS, PLUS, MINUS, TIMES, MASK = 10, 10, 11, 12, 13  # words of programs
+SPANS = (1, 2, 3)  # k of both measures
+DIGITS, PLUS, MINUS, MASK = 10, 10, 11, 12  # words of programs
 LARGEST = 20  # all programs give less
 BYTE_MASK = 258
 
@@ -31,13 +31,12 @@ class Programs:
     def results(self, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         """What the programs give [B], and which of them are programs at all."""
         operations, digits = answers[:, ::2], answers[:, 1::2]
-        is_program = ((operations >= PLUS) & (operations <= TIMES)).all(1) & (digits < DIGITS).all(
+        is_program = ((operations == PLUS) | (operations == MINUS)).all(1) & (digits < DIGITS).all(
             1
         )
         value = prompts[:, 0]
         for operation, digit in zip(operations.T, digits.T, strict=True):
-            changed = torch.where(operation == MINUS, value - digit, value * digit)
-            value = torch.where(operation == PLUS, value + digit, changed)
+            value = torch.where(operation == PLUS, value + digit, value - digit)
         return value, is_program
 
     def passed(self, prompts: Tensor, answers: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ class Programs:
         """Prompts with random programs that pass [N, 3 + tokens]."""
         random = torch.Generator().manual_seed(seed)
         shape = (4 * count, self.instructions)
-        operations = torch.randint(PLUS, TIMES + 1, shape, generator=random)
+        operations = torch.randint(PLUS, MINUS + 1, shape, generator=random)
         digits = torch.randint(DIGITS, shape, generator=random)
         answers = torch.stack([operations, digits], dim=2).flatten(1)
         begin = torch.randint(DIGITS, (len(answers), 1), generator=random)

@@ -169,8 +169,8 @@ CLAIM = Claim(
     paper="arXiv:2505.05755",
     claimed="A model that inserts one token at a time, at a place that it chooses together with the token, solves "
     "planning puzzles more often than one that writes in order and than masked diffusion, and fills gaps whose "
-    "length nobody knows. Here: bidirectional Transformers of 0.1 M parameters, on graphs of two paths and puzzles of three "
-    "houses; the same size and as many training steps for all; the paper's have 85 M parameters and far larger puzzles.",
+    "length nobody knows. Here: bidirectional Transformers of 0.1 M parameters, on graphs of two paths and puzzles of "
+    "three houses, and as many training steps for all; the paper's have 85 M parameters and far larger puzzles.",
     where="sections 4.1 and 4.2 (planning), section 4.3 (infilling, there of stories)",
     measure=measure,
     quick={
