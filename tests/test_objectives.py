@@ -94,7 +94,8 @@ def test_training_lowers_the_loss_and_leaves_nothing_behind(name, model):
 
     before = loss()
     assert 0.5 * math.log(VOCABULARY) < before < 2 * math.log(VOCABULARY)
-    train_objective(trained, windows, made, steps=15, batch=4, learning_rate=2e-2)
+    steps = 80 if name == "insertion" else 15  # where one of several tokens is as good as another
+    train_objective(trained, windows, made, steps=steps, batch=4, learning_rate=2e-2)
     assert loss() < 0.8 * before
     assert set(trained.state_dict()) == names
 
