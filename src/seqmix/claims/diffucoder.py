@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import statistics
 from typing import Any
 
@@ -13,53 +14,68 @@ from seqmix.claims._claim import Claim, Finding, Run, compare_groups
 from seqmix.claims._training import QUICK_TEXT
 
 SPANS = (1, 2, 3)  # k of both measures
-DIGITS, PLUS, MINUS, MASK = 5, 5, 6, 7  # words of programs; numbers are modulo 5
+LETTER, MASK = 4, 5  # words of expressions, behind two kinds of brackets: ( ) [ ]
+NUMBERS = 6  # words that ask for 0, 1, ... pairs of brackets
 BYTE_MASK = 258
 
 
-class Programs:
-    """Programs of some instructions, an operation and a digit each, that are to make one digit of another, modulo 5.
+class Expressions:
+    """Expressions of letters and two kinds of brackets, which are to be nested rightly, such as `( x [ ] ) x`.
 
-    A prompt [B, 2] is the digit that a program begins with and the one that it is to end with; an answer is a program.
+    A prompt [B, 1] is the number of pairs that an answer is to have; what has it and parses passes.
     """
 
-    def __init__(self, instructions: int) -> None:
-        self.instructions = instructions
-        self.tokens = 2 * instructions
-        digits = torch.arange(DIGITS)
-        self.prompts = torch.cartesian_prod(digits, digits)
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.prompts = NUMBERS + torch.arange(tokens // 2 + 1).unsqueeze(1)
 
     def passed(self, prompts: Tensor, answers: Tensor) -> Tensor:
-        """The reward [B]: 1 for what is a program and ends with the digit."""
-        operations, digits = answers[:, ::2], answers[:, 1::2]
-        is_program = ((operations == PLUS) | (operations == MINUS)).all(1) & (digits < DIGITS).all(
-            1
-        )
-        change = torch.where(operations == PLUS, digits, -digits).sum(1)
-        return (is_program & ((prompts[:, 0] + change) % DIGITS == prompts[:, 1])).double()
+        """The reward [B], 0 or 1."""
+        wanted = (prompts[:, 0] - NUMBERS).tolist()
+        found = [self.pairs(row) for row in answers.tolist()]
+        return torch.tensor([float(a == b) for a, b in zip(found, wanted, strict=True)])
+
+    def pairs(self, words: list[int]) -> int | None:
+        """How many pairs of brackets an expression has; None for what is none."""
+        opened: list[int] = []
+        for word in words:
+            if word < LETTER and word % 2 == 0:
+                opened.append(word)
+            elif word < LETTER and (not opened or opened.pop() != word - 1):
+                return None
+        return None if opened else sum(word < LETTER for word in words) // 2
 
     def texts(self, count: int, seed: int) -> Tensor:
-        """Prompts with random programs that pass [N, 2 + tokens]."""
-        random = torch.Generator().manual_seed(seed)
-        shape = (8 * count, self.instructions)
-        operations = torch.randint(PLUS, MINUS + 1, shape, generator=random)
-        digits = torch.randint(DIGITS, shape, generator=random)
-        answers = torch.stack([operations, digits], dim=2).flatten(1)
-        chosen = torch.randint(len(self.prompts), (len(answers),), generator=random)
-        prompts = self.prompts[chosen]
-        passed = self.passed(prompts, answers) == 1
-        return torch.cat([prompts, answers], dim=1)[passed][:count]
+        """Prompts with random answers that pass [N, 1 + tokens], as many of each number of pairs."""
+        draw, rows = random.Random(seed), []
+        while len(rows) < count:
+            pairs = len(rows) % len(self.prompts)
+            words: list[int] = []
+            for _ in range(pairs):  # each pair encloses a part of what there is
+                begin, end = sorted(draw.randint(0, len(words)) for _ in range(2))
+                kind = draw.choice((0, 2))
+                inside = [kind, *words[begin:end], kind + 1]
+                if self.pairs(inside) is not None:
+                    words[begin:end] = inside
+                else:
+                    words[end:end] = [kind, kind + 1]
+            while len(words) < self.tokens:
+                words.insert(draw.randint(0, len(words)), LETTER)
+            rows.append([NUMBERS + pairs, *words])
+        return torch.tensor(rows)
 
 
 def trained(run: Run, texts: Tensor, mask: int, tokens: int | None, steps: int, seed: int) -> Any:
+    """A new model of the words of `texts` and `mask`."""
     from seqmix.models.encoder import SeqmixForMaskedLM
     from seqmix.objectives.masked_diffusion import Config, MaskedDiffusion
     from seqmix.train.objective import train_objective
 
+    vocabulary = max(mask, int(texts.max())) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SeqmixForMaskedLM.create(
-            f"{run['depth']}x[bidirectional_attention]", width=run["width"], vocabulary=mask + 1
+            f"{run['depth']}x[bidirectional_attention]", width=run["width"], vocabulary=vocabulary
         )
     goal = MaskedDiffusion(Config(mask_id=mask, tokens=tokens))
     options = {"batch": run["batch"], "learning_rate": run["learning_rate"], "seed": seed}
@@ -95,32 +111,34 @@ def code_orders(run: Run) -> dict[str, Any]:
             model, tests, mask_id=BYTE_MASK, length=run["new tokens"], temperature=temperature
         )
         found[str(temperature)] = causality(filled.order)
-    random = torch.rand(filled.order.shape, generator=torch.Generator().manual_seed(0))
-    return found | {"random order": causality(random.argsort(dim=1))}
+    drawn = torch.rand(filled.order.shape, generator=torch.Generator().manual_seed(0))
+    return found | {"random order": causality(drawn.argsort(dim=1))}
 
 
 def reinforced(run: Run, seed: int) -> dict[str, Any]:
-    """A model of programs before and after reinforcement with both kinds of masks."""
+    """A model of expressions before and after reinforcement with both kinds of masks."""
     from seqmix.generate.diffusion import denoise
     from seqmix.train import likelihood
     from seqmix.train.reinforce import Group, reinforce
 
-    programs = Programs(run["instructions"])
-    texts = programs.texts(run["programs"], seed)
-    base = trained(run, texts, MASK, programs.tokens, run["program_steps"], seed)
-    options = {"mask_id": MASK, "length": programs.tokens}
+    expressions = Expressions(run["expression"])
+    texts = expressions.texts(run["expressions"], seed)
+    base = trained(run, texts, MASK, expressions.tokens, run["expression_steps"], seed)
+    options = {"mask_id": MASK, "length": expressions.tokens}
 
     def write(model: Any, prompts: Tensor, draw: int) -> Tensor:
         return denoise(model, prompts, temperature=1.0, seed=draw, **options).tokens
 
     def judged(model: Any) -> dict[str, float]:
-        many = programs.prompts.repeat(run["samples"], 1)
+        many = expressions.prompts.repeat(run["samples"], 1)
         drawn = denoise(model, many, temperature=1.0, **options)
-        likeliest = denoise(model, programs.prompts, **options)
+        likeliest = denoise(model, expressions.prompts, **options)
         orders = causality(drawn.order)
         return {
-            "passed, drawn": programs.passed(many, drawn.tokens).mean().item(),
-            "passed, likeliest": programs.passed(programs.prompts, likeliest.tokens).mean().item(),
+            "passed, drawn": expressions.passed(many, drawn.tokens).mean().item(),
+            "passed, likeliest": expressions.passed(expressions.prompts, likeliest.tokens)
+            .mean()
+            .item(),
         } | {name: statistics.fmean(values) for name, values in orders.items()}
 
     kinds = {
@@ -133,9 +151,9 @@ def reinforced(run: Run, seed: int) -> dict[str, Any]:
         estimate = likelihood.Masked(mask_id=MASK, masks=masks)
         history = reinforce(
             model,
-            programs.prompts,
+            expressions.prompts,
             write,
-            programs.passed,
+            expressions.passed,
             estimate,
             steps=run["reinforcement_steps"],
             group=Group(**run["group"]),
@@ -144,7 +162,7 @@ def reinforced(run: Run, seed: int) -> dict[str, Any]:
         found[name] = judged(model)
         found[f"{name}, rewards"] = history[:: max(1, len(history) // 6)]
     found["variance"] = variances(
-        run, base, programs.prompts, write(base, programs.prompts, 1), kinds
+        run, base, expressions.prompts, write(base, expressions.prompts, 1), kinds
     )
     return found
 
@@ -158,9 +176,9 @@ def variances(
 
     found: dict[str, list[float]] = {}
     for name, masks in kinds.items():
-        estimate, random = Masked(mask_id=MASK, masks=masks), torch.Generator().manual_seed(0)
+        estimate, generator = Masked(mask_id=MASK, masks=masks), torch.Generator().manual_seed(0)
         values = torch.stack(
-            [estimate(model, prompts, answers, random) for _ in range(run["draws"])]
+            [estimate(model, prompts, answers, generator) for _ in range(run["draws"])]
         )
         found[name] = values.sum(dim=2).var(dim=0).tolist()
         found[f"{name}, by token"] = values.var(dim=0).mean(dim=1).tolist()
@@ -237,7 +255,7 @@ def better(found: list[dict[str, Any]]) -> list[Finding]:
 
     drawn, spread = of("passed, drawn"), "by two standard errors over seeds"
     measured = drawn | {
-        "likeliest programs": of("passed, likeliest"),
+        "likeliest expressions": of("passed, likeliest"),
         "rewards in training": {
             name: [one[f"{name}, rewards"] for one in found] for name in names[1:]
         },
@@ -245,19 +263,19 @@ def better(found: list[dict[str, Any]]) -> list[Finding]:
     order = of("global, 1")
     return [
         Finding(
-            "Coupled-GRPO raises the share of programs that pass.",
-            f"programs drawn at temperature 1: more pass than of the base model, {spread}",
+            "Coupled-GRPO raises the share of expressions that pass.",
+            f"expressions drawn at temperature 1: more pass than of the base model, {spread}",
             measured,
             compare_groups(drawn["coupled"], drawn["base"]),
         ),
         Finding(
             "It raises it more than the same with independent masks.",
-            f"programs drawn at temperature 1: more pass, {spread}",
+            f"expressions drawn at temperature 1: more pass, {spread}",
             {name: drawn[name] for name in names[1:]},
             compare_groups(drawn["coupled"], drawn["uncoupled"]),
         ),
         Finding(
-            "After it, programs are written less from left to right than before.",
+            "After it, expressions are written less from left to right than before.",
             f"global causality with k = 1 at temperature 1: below the base model's, {spread}",
             order | {"local": of("local, 1")},
             compare_groups(order["base"], order["coupled"]),
@@ -270,8 +288,8 @@ CLAIM = Claim(
     paper="arXiv:2506.20639",
     claimed="A masked diffusion model of code decides itself how far it writes from left to right, less at a higher "
     "temperature; reinforcement with complementary masks estimates likelihoods with a lower variance, raises the share "
-    "of programs that pass their tests, and makes the order less one from left to right. Here: models of 0.1 M "
-    "parameters, of the bytes of Python code and of programs of two instructions modulo 5; the paper's has 7 B.",
+    "of expressions that pass their tests, and makes the order less one from left to right. Here: models of 0.1 M "
+    "parameters, of the bytes of Python code and of expressions with brackets; the paper's has 7 B.",
     where="sections 4 (orders and temperature) and 5 (coupled-GRPO; figures 1, 5 and 6, table 2)",
     measure=measure,
     quick={
@@ -286,9 +304,9 @@ CLAIM = Claim(
         "depth": 1,
         "batch": 8,
         "learning_rate": 3e-3,
-        "instructions": 2,
-        "programs": 100,
-        "program_steps": 2,
+        "expression": 8,
+        "expressions": 100,
+        "expression_steps": 2,
         "reinforcement_steps": 2,
         "group": {"prompts": 2, "answers": 2},
         "samples": 1,
@@ -302,15 +320,15 @@ CLAIM = Claim(
         "new tokens": 24,
         "continued": 64,
         "temperatures": [0.2, 0.6, 1.0, 1.4],
-        "code_steps": 400,
+        "code_steps": 350,
         "width": 64,
         "depth": 2,
         "batch": 32,
         "learning_rate": 3e-3,
-        "instructions": 2,
-        "programs": 20000,
-        "program_steps": 400,
-        "reinforcement_steps": 40,
+        "expression": 12,
+        "expressions": 20000,
+        "expression_steps": 250,
+        "reinforcement_steps": 20,
         "group": {"prompts": 16, "answers": 16, "learning_rate": 1e-3},
         "samples": 20,
         "draws": 64,
