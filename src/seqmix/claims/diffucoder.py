@@ -47,7 +47,8 @@ class Expressions:
 
     def texts(self, count: int, seed: int) -> Tensor:
         """Prompts with random answers that pass [N, 1 + tokens], as many of each number of pairs."""
-        draw, rows = random.Random(seed), []
+        draw = random.Random(seed)
+        rows: list[list[int]] = []
         while len(rows) < count:
             pairs = len(rows) % len(self.prompts)
             words: list[int] = []
