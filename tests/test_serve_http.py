@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -15,9 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig, MambaConfig
 
+from seqmix.core.errors import ConfigError
 from seqmix.data.text import Corpus
+from seqmix.generate import Constraint
 from seqmix.models.backbone import ModelSpec
+from seqmix.models.hf import SeqmixConfig
+from seqmix.serve import run
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
 from seqmix.serve.reader import SeqmixReader
@@ -212,6 +218,54 @@ def test_a_schema_that_cannot_be_followed_is_refused(client, response_format):
     )
     with pytest.raises(openai.BadRequestError):
         answer_in(client, response_format)
+
+
+class Stuck(Constraint):
+    """After two tokens nothing may follow, and yet the text is not whole."""
+
+    def allowed(self, ids, vocabulary, ends):
+        return torch.full((vocabulary,), len(ids) < 2)
+
+    def is_over(self, ids):
+        return False
+
+
+def test_a_constraint_that_leaves_no_token_is_refused_by_name(client, monkeypatch):
+    async def constraint(served, body):
+        return Stuck()
+
+    monkeypatch.setattr("seqmix.serve.app.constraint", constraint)
+    messages = [{"role": "user", "content": "x"}]
+    options = {"model": "tiny", "messages": messages, "max_tokens": 9, "temperature": 0}
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(**options)
+    text = ""
+    with pytest.raises(openai.APIError, match="response_format"):
+        for chunk in client.chat.completions.create(**options, stream=True):
+            text += chunk.choices[0].delta.content
+    assert text
+    assert complete(client).choices[0].finish_reason == "length"  # the others go on
+
+
+@pytest.mark.parametrize("positions", [None, 64])
+def test_a_context_is_no_longer_than_the_model_was_made_for(positions, tmp_path):
+    model, words = prepare(
+        dataclasses.replace(SPEC, positions=positions), "bytes", Corpus("c", ("x",)), seed=0
+    )
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    assert run.prepare(tmp_path).engine.limits.context == (positions or Limits().context)
+    assert run.prepare(tmp_path, context=50).engine.limits.context == 50
+    if positions:
+        with pytest.raises(ConfigError, match=f"at most {positions} tokens"):
+            run.prepare(tmp_path, context=positions + 1)
+
+
+def test_the_longest_text_of_models_of_transformers():
+    assert run.longest_text(GPT2Config(n_positions=48)) == 48
+    assert run.longest_text(LlamaConfig(max_position_embeddings=96)) == 96
+    assert run.longest_text(SeqmixConfig.from_spec(SPEC, source={"n_positions": 48})) == 48
+    assert run.longest_text(MambaConfig()) is None
 
 
 def test_unknown_models_and_wrong_keys(address, client):

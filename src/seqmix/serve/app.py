@@ -1,7 +1,8 @@
 """The HTTP server: OpenAI's API over engines, `/health`, `/metrics`, and a page to try it from at `/`.
 
 Every refusal is `{"error": {"message", "type", "param", "code"}}` with a 4xx status: 400 for a bad request, 401 for
-a missing key, 404 for an unknown model or path, 413 for too large a body, 429 for a full queue.
+a missing key, 404 for an unknown model or path, 413 for too large a body, 429 for a full queue. What goes wrong in
+the middle of a stream is an event of the same form, the last one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from seqmix.serve.engine import QueueFull
 from seqmix.serve.metrics import exposition
 from seqmix.serve.protocol import Body, ChatBody, CompletionBody
 
-BODY_BYTES = 4 << 20
 PAGE = Path(__file__).with_name("page.html")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -51,7 +51,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    models: Sequence[Served], *, api_key: str | None = None, body_bytes: int = BODY_BYTES
+    models: Sequence[Served], *, api_key: str | None = None, body_bytes: int = 4 << 20
 ) -> FastAPI:
     """The application; the engines run between its start and its end."""
 
@@ -258,8 +258,9 @@ async def respond(answers: Answers, body: Body, request: Request, shape: Shape) 
     finally:
         reading.cancel()
         leaving.cancel()
-    if any(piece.finish == "error" for piece in pieces):
-        return refusal(500, "The model failed while it answered.")
+    failed = next((piece for piece in pieces if piece.finish == "error"), None)
+    if failed is not None:
+        return failure(failed)
     each = [[p for p in pieces if p.answer == i] for i in range(answers.request.answers)]
     choices = [shape.choice(p, with_logprobs=with_logprobs, is_chunk=False) for p in each]
     return JSONResponse(shape.whole(choices, answers.usage))
@@ -276,6 +277,9 @@ async def _stream(
     pieces = answers.pieces()
     try:
         async for piece in pieces:
+            if piece.finish == "error":
+                yield f"data: {bytes(failure(piece).body).decode()}\n\n"
+                return
             if not (piece.text or piece.finish or with_logprobs):
                 continue
             is_first = piece.answer not in begun
@@ -302,6 +306,13 @@ def refusal(
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": param, "code": None}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+def failure(piece: Piece) -> JSONResponse:
+    """The error with which an answer ended."""
+    if piece.event.reason is not None:
+        return refusal(400, piece.event.reason)
+    return refusal(500, "The model failed while it answered.")
 
 
 class Guard:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from seqmix.core.errors import RangeError, SeqmixError
+from seqmix.core.errors import DataError, RangeError, SeqmixError
 from seqmix.core.state import State, concatenate_rows, fork, num_bytes, select_rows, trim_rows
 from seqmix.generate import Constraint
 from seqmix.generate.sampling import Sampling, draw, random_numbers
@@ -43,7 +43,8 @@ class Event:
     """One more token of an answer, or its end.
 
     `finish`: "length" comes with the last token; "stop" (an end-of-text token, which is not part of the answer, or a
-    constraint that nothing may follow) and "error" come with none.
+    constraint that nothing may follow) and "error" come with none. `reason` says of an error that lies in what was
+    asked for, not in the model, what it is.
     """
 
     answer: int
@@ -51,6 +52,7 @@ class Event:
     logprob: float = 0.0
     top: Sequence[tuple[int, float]] = ()
     finish: str | None = None
+    reason: str | None = None
 
 
 @dataclass(eq=False)
@@ -96,11 +98,11 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     is_done: bool = False
 
-    def finish(self, why: str) -> None:
+    def finish(self, why: str, reason: str | None = None) -> None:
         """Ends the answer without a further token."""
         self.is_done = True
         self.request.stop(self.answer)
-        self.request.listener(Event(self.answer, finish=why))
+        self.request.listener(Event(self.answer, finish=why, reason=reason))
 
     @property
     def is_over(self) -> bool:
@@ -287,8 +289,10 @@ class Engine:
                 continue
             try:
                 token = _next_token(row, logit, best)
-            except SeqmixError:  # the constraint leaves nothing to go on with
-                row.finish("error")
+            except (
+                SeqmixError
+            ) as error:  # nothing to go on with: of what the constraint leaves, or at all
+                row.finish("error", None if request.constraint is None else str(error))
                 continue
             if token in request.ends:
                 row.finish("stop")
@@ -351,6 +355,11 @@ def _next_token(row: _Row, logits: Tensor, likeliest: int) -> int:
     request, logits = row.request, logits.float()
     if request.constraint is not None:
         allowed = request.constraint.allowed(row.tokens, len(logits), request.ends)
+        if not bool(allowed.any()):
+            raise DataError(
+                "response_format: the model's tokenizer cannot write the rest of a text of this language. "
+                "Change the schema."
+            )
         logits = logits.masked_fill(~allowed, -torch.inf)
     elif request.sampling.is_plain:
         return likeliest

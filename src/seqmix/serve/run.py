@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from seqmix.convert.hub import to_seqmix
 from seqmix.core.errors import ConfigError
 from seqmix.core.extras import require
+from seqmix.models.hf import SeqmixConfig
 from seqmix.models.pretrained import load_language_model
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
 from seqmix.serve.reader import SeqmixReader
 
 
-def prepare(model: str | Path, limits: Limits) -> Served:
-    """A model by name, of this package or of a family of transformers that `to_seqmix` takes."""
+def prepare(
+    model: str | Path, limits: Limits | None = None, *, context: int | None = None
+) -> Served:
+    """A model by name, of this package or of a family of transformers that `to_seqmix` takes.
+
+    `context` is the most that a prompt and its answer may be together, in tokens; by default what the model was made
+    for, within that of `limits`.
+    Raises `ConfigError` for a model without a tokeniser, and a `context` beyond what the model was made for.
+    """
+    limits = limits or Limits()
     made, tokenizer = load_language_model(model)
     if tokenizer is None:
         raise ConfigError(f"{model} comes without a tokeniser, so it cannot read text.")
     settings = made.generation_config.eos_token_id
     ends = settings if isinstance(settings, list) else [settings, tokenizer.eos_token_id]
     name = Path(model).name or str(model)
+    most = longest_text(made.config)
+    if context is not None and most is not None and context > most:
+        raise ConfigError(
+            f"context={context}, but {name} was made for texts of at most {most} tokens. Give at most {most}."
+        )
+    limits = dataclasses.replace(
+        limits, context=context or min(limits.context, most or limits.context)
+    )
     reader = SeqmixReader(to_seqmix(made))
     return Served(
         name, Engine(reader, limits), tokenizer, frozenset(end for end in ends if end is not None)
     )
+
+
+def longest_text(config: Any) -> int | None:
+    """Tokens of the longest texts that a model was made for; None where its configuration names no such length."""
+    if isinstance(config, SeqmixConfig):
+        if config.source is None:
+            return config.to_spec().positions
+        named = config.source
+    else:
+        named = config.get_text_config().to_dict()
+    names = ("max_position_embeddings", "n_positions", "context_length")
+    return next((int(named[name]) for name in names if named.get(name)), None)
 
 
 def serve(
@@ -35,14 +66,17 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     limits: Limits | None = None,
+    context: int | None = None,
+    body_bytes: int = 4 << 20,
 ) -> None:
-    """Answers over HTTP until it is interrupted; `docs/serve.md` describes the API."""
+    """Answers over HTTP until it is interrupted; `docs/serve.md` describes the API, `prepare` what `context` is."""
     uvicorn = require("uvicorn", extra="serve")
     require("fastapi", extra="serve")
     from seqmix.serve.app import create_app
 
-    served = [prepare(model, limits or Limits()) for model in models]
+    served = [prepare(model, limits, context=context) for model in models]
     names = [each.name for each in served]
     if len({*names}) < len(names):
         raise ConfigError(f"Two models have one name: {', '.join(names)}. Rename a folder.")
-    uvicorn.run(create_app(served, api_key=api_key), host=host, port=port, log_level="warning")
+    app = create_app(served, api_key=api_key, body_bytes=body_bytes)
+    uvicorn.run(app, host=host, port=port, log_level="warning")
