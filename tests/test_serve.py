@@ -92,11 +92,11 @@ def test_requests_that_share_steps_get_what_they_get_alone(reader):
 
 
 def test_greedy_answers_are_those_of_full_forwards(reader):
-    ids = torch.tensor([prompt(7, 3)])
-    (got,) = ask(Engine(reader), Request(ids[0].tolist(), Answers(), 6, GREEDY))
+    ids = prompt(7, 3)
+    (got,) = ask(Engine(reader), Request(ids, Answers(), 6, GREEDY))
     for token in got[0]:
-        assert token == int(reader.read(ids, None)[0].argmax())
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        assert token == int(reader.read([ids], None)[0].argmax())
+        ids = [*ids, token]
 
 
 def test_a_text_read_before_is_not_read_again(reader):
@@ -106,7 +106,7 @@ def test_a_text_read_before_is_not_read_again(reader):
     again = Request(text, Answers(), 6, GREEDY)
     ask(engine, first)
     ask(engine, again)
-    assert (first.reused, again.reused) == (0, 24)
+    assert (first.reused, again.reused) == (0, 29)
     assert again.listener == first.listener
     # The next turn begins with the prompt and all of the answer but its last token, which nobody has read.
     turn = [*text, *first.listener[0], *prompt(4, 6)]
@@ -117,9 +117,58 @@ def test_a_text_read_before_is_not_read_again(reader):
     assert follow.listener == fresh.listener
 
 
+class Watched(SeqmixReader):
+    """Notes how many tokens of how many texts each call reads."""
+
+    def __init__(self, reader):
+        self.model, self.vocabulary, self.calls = reader.model, reader.vocabulary, []
+
+    def read(self, texts, state):
+        self.calls.append([len(text) for text in texts])
+        return super().read(texts, state)
+
+
+def test_prompts_that_wait_are_read_together(hybrid):
+    engine = Engine(Watched(hybrid))
+    ask(engine, *(Request(prompt(3 + i, i), Answers(), 2, GREEDY) for i in range(9)))
+    assert engine.reader.calls == [[*range(2, 11)], [1] * 9, [1] * 9]
+
+
+def test_prompts_that_begin_alike_are_read_once(hybrid):
+    engine = Engine(hybrid, Limits(chunk=8))
+    shared = prompt(21, 1)
+    ask(engine, *(Request([*shared, i, i], Answers(), 2, GREEDY) for i in range(9)))
+    assert engine.counts.prompt_tokens == 16 + 9 * 6
+    same = [Request(shared[:15], Answers(), 2, GREEDY) for _ in range(9)]
+    before = engine.counts.prompt_tokens
+    ask(engine, *same)
+    assert engine.counts.prompt_tokens - before == 6
+    assert [each.reused for each in same] == [8] + [14] * 8
+
+
+def test_a_long_prompt_stalls_neither_answers_nor_short_prompts(hybrid):
+    engine = Engine(Watched(hybrid), Limits(chunk=64, piece=8))
+    answer, long, short = (
+        Request(prompt(length, length), Answers(), 40, GREEDY) for length in (3, 200, 5)
+    )
+    engine.submit(answer)
+    engine.step()
+    engine.submit(long)
+    engine.submit(short)
+    while not short.listener:
+        engine.step()
+    assert len(short.listener[0]) == 1
+    assert engine.counts.steps == 2
+    while not long.listener:
+        engine.step()
+    pieces = [call for call in engine.reader.calls if {*call} != {1}][1:]
+    assert max(map(sum, pieces)) == 8
+    assert engine.counts.steps - 1 == len(answer.listener[0]) - 1 == -(-(199 + 4) // 8)
+
+
 def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first(hybrid):
     def read(text):
-        return hybrid.read(torch.tensor([text]), None)[1]
+        return hybrid.read([text], None)[1]
 
     texts = [prompt(8, seed) for seed in range(4)]
     size = num_bytes(read(texts[0])) + 8 * 8
@@ -142,11 +191,11 @@ def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first(hybrid)
 def test_a_shared_beginning_takes_room_once(hybrid):
     cache = PrefixCache(1 << 30)
     text = prompt(40, 1)
-    state = hybrid.read(torch.tensor([text]), None)[1]
+    state = hybrid.read([text], None)[1]
     middle = cache.add(cache.find([]), text, state)
     before = cache.bytes
     for seed in (2, 3):
-        more = hybrid.read(torch.tensor([prompt(2, seed)]), state)[1]
+        more = hybrid.read([prompt(2, seed)], state)[1]
         cache.add(middle, prompt(2, seed), more)
     keys = 2 * 16 * 4  # bytes per token of the one attention block with one key head
     assert cache.bytes == 3 * before - 2 * 38 * (keys + 8)

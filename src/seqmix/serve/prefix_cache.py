@@ -51,7 +51,7 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._root = Node()
+        self.root = Node()
         self._used: OrderedDict[Node, int] = OrderedDict()  # oldest first, with their bytes
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class PrefixCache:
 
     def find(self, tokens: Sequence[int]) -> Node:
         """The last place kept on the way along `tokens`; the root if there is none."""
-        node, text = self._root, tuple(tokens)
+        node, text = self.root, tuple(tokens)
         while True:
             lengths = sorted({len(edge) for edge in node.children}, reverse=True)
             edges = (text[node.length : node.length + length] for length in lengths)
@@ -76,7 +76,7 @@ class PrefixCache:
         answer is `node` itself.
         """
         edge = tuple(tokens)
-        is_dropped = node is not self._root and node not in self._used
+        is_dropped = node is not self.root and node not in self._used
         if not edge or not self.limit or is_dropped:
             return node
         if edge in node.children:
