@@ -8,9 +8,10 @@ import torch
 from seqmix.core.errors import RangeError
 from seqmix.core.state import leaves, num_bytes
 from seqmix.generate import Constraint, Sampling
-from seqmix.serve.engine import Engine, Limits, QueueFull, Request, likelihood
+from seqmix.serve.engine import Engine, Limits, likelihood
 from seqmix.serve.prefix_cache import PrefixCache
 from seqmix.serve.reader import SeqmixReader
+from seqmix.serve.request import QueueFull, Request
 from seqmix.testing.models import build, draw
 
 LAYOUTS = (

@@ -32,9 +32,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from seqmix.core.errors import RangeError, SeqmixError
 from seqmix.generate import Constraint
 from seqmix.serve.answers import Answers, Piece, Served
-from seqmix.serve.engine import QueueFull
 from seqmix.serve.metrics import exposition
 from seqmix.serve.protocol import Body, ChatBody, CompletionBody
+from seqmix.serve.request import QueueFull
 
 PAGE = Path(__file__).with_name("page.html")
 REFUSALS: dict[int | str, dict[str, Any]] = {
