@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from seqmix.models.hf import SeqmixConfig
 from seqmix.models.pretrained import load_language_model
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
-from seqmix.serve.reader import SeqmixReader
+from seqmix.serve.reader import Reader, SeqmixReader
+from seqmix.serve.transformers_reader import TransformersReader
 
 
 def prepare(
     model: str | Path, limits: Limits | None = None, *, context: int | None = None
 ) -> Served:
-    """A model by name, of this package or of a family of transformers that `to_seqmix` takes.
+    """A model by name, of this package or of transformers; what `to_seqmix` does not take is read with its own cache.
 
     `context` is the most that a prompt and its answer may be together, in tokens; by default what the model was made
     for, within that of `limits`.
@@ -41,10 +43,25 @@ def prepare(
     limits = dataclasses.replace(
         limits, context=context or min(limits.context, most or limits.context)
     )
-    reader = SeqmixReader(to_seqmix(made))
+    reader = reader_of(made)
+    if isinstance(reader, TransformersReader) and not reader.goes_on:  # a prompt is read at once
+        limits = dataclasses.replace(limits, chunk=limits.context, piece=limits.context)
     return Served(
         name, Engine(reader, limits), tokenizer, frozenset(end for end in ends if end is not None)
     )
+
+
+def reader_of(model: Any) -> Reader:
+    """The reader of a causal language model; warns of one that stays a model of transformers."""
+    try:
+        return SeqmixReader(to_seqmix(model))
+    except ConfigError as error:
+        reason = str(error).partition(". ")[0]
+    warnings.warn(
+        f"{type(model).__name__} stays a model of transformers, whose texts are read one by one ({reason}).",
+        stacklevel=2,
+    )
+    return TransformersReader(model)
 
 
 def longest_text(config: Any) -> int | None:
