@@ -177,13 +177,13 @@ def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first(hybrid)
     root = cache.find([])
     for text in texts[:3]:
         cache.add(root, text, read(text))
-    assert (cache.bytes, len(cache)) == (3 * size, 3)
+    assert (cache.held.bytes, len(cache.held)) == (3 * size, 3)
     cache.find(texts[0])
     cache.add(root, texts[3], read(texts[3]))
     assert [cache.find(text).length for text in texts] == [8, 0, 8, 8]
-    assert cache.bytes == 3 * size
+    assert cache.held.bytes == 3 * size
     assert cache.add(root, prompt(40, 9), read(prompt(40, 9))).length == 40
-    assert cache.bytes <= cache.limit
+    assert cache.held.bytes <= cache.limit
     assert (
         cache.add(root, prompt(90, 9), read(prompt(90, 9))) is root
     )  # larger than all of the room
@@ -194,12 +194,12 @@ def test_a_shared_beginning_takes_room_once(hybrid):
     text = prompt(40, 1)
     state = hybrid.read([text], None)[1]
     middle = cache.add(cache.find([]), text, state)
-    before = cache.bytes
+    before = cache.held.bytes
     for seed in (2, 3):
         more = hybrid.read([prompt(2, seed)], state)[1]
         cache.add(middle, prompt(2, seed), more)
     keys = 2 * 16 * 4  # bytes per token of the one attention block with one key head
-    assert cache.bytes == 3 * before - 2 * 38 * (keys + 8)
+    assert cache.held.bytes == 3 * before - 2 * 38 * (keys + 8)
     found = cache.find([*text, *prompt(2, 3), 1])
     assert found.length == 42
     for got, wanted in zip(leaves(found.state), leaves(more), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,13 @@ def run(
         ),
     ] = None,
     body_mb: Annotated[int, typer.Option(min=1, help="Megabytes of one request.")] = 4,
+    states: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which the states of texts outlive the server.", show_default=False
+        ),
+    ] = None,
+    states_mb: Annotated[int, typer.Option(min=1, help="Megabytes of it, per model.")] = 4096,
     cache_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes of kept states, per model.")
     ] = 256,
@@ -41,7 +49,7 @@ def run(
     from seqmix.serve.engine import Limits
     from seqmix.serve.run import serve
 
-    limits = Limits(rows=rows, queue=queue, cache=cache_mb << 20)
+    limits = Limits(rows=rows, queue=queue, cache=cache_mb << 20, states=states_mb << 20)
     say(f"Serving {', '.join(models)} at http://{host}:{port}/v1")
     serve(
         models,
@@ -50,5 +58,6 @@ def run(
         api_key=api_key,
         limits=limits,
         context=context,
+        states=states,
         body_bytes=body_mb << 20,
     )

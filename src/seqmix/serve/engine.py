@@ -21,6 +21,7 @@ from seqmix.generate.sampling import draw, random_numbers
 from seqmix.serve.prefix_cache import Node, PrefixCache
 from seqmix.serve.reader import Reader
 from seqmix.serve.request import Event, QueueFull, Request
+from seqmix.serve.state_folder import StateFolder
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Limits:
     context: int = 8192  # tokens of a prompt and its answer
     chunk: int = 256  # tokens of prompts read per step; states are kept at its multiples
     piece: int = 64  # the same while answers are under way, so that they go on
-    cache: int = 256 << 20  # bytes of kept states
+    cache: int = 256 << 20  # bytes of states kept in memory
+    states: int = 4 << 30  # bytes of states kept in a folder, if there is one
 
 
 @dataclass(eq=False)
@@ -107,10 +109,12 @@ class Counts:
 class Engine:
     """One model and the requests to it. `step` does the work; `start` calls it on a thread of its own."""
 
-    def __init__(self, reader: Reader, limits: Limits | None = None) -> None:
+    def __init__(
+        self, reader: Reader, limits: Limits | None = None, states: StateFolder | None = None
+    ) -> None:
         self.reader = reader
         self.limits = limits or Limits()
-        self.cache = PrefixCache(self.limits.cache)
+        self.cache = PrefixCache(self.limits.cache, states)
         self.counts = Counts()
         self._waiting: deque[Request] = deque()
         self._readings: list[_Reading] = []  # the oldest first
@@ -262,6 +266,8 @@ class Engine:
     def _skip(self, reading: _Reading) -> None:
         """Goes on from the last place of the text whose state is kept."""
         node = self.cache.find(reading.request.prompt[:-1])
+        if node.length > reading.position:
+            node = self.cache.load(node)
         skipped = node.length - reading.position
         if skipped > 0:
             reading.node, reading.state, reading.position = node, node.state, node.length

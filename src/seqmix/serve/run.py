@@ -16,16 +16,21 @@ from seqmix.models.pretrained import load_language_model
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
 from seqmix.serve.reader import Reader, SeqmixReader
+from seqmix.serve.state_folder import StateFolder, fingerprint
 from seqmix.serve.transformers_reader import TransformersReader
 
 
 def prepare(
-    model: str | Path, limits: Limits | None = None, *, context: int | None = None
+    model: str | Path,
+    limits: Limits | None = None,
+    *,
+    context: int | None = None,
+    states: Path | None = None,
 ) -> Served:
     """A model by name, of this package or of transformers; what `to_seqmix` does not take is read with its own cache.
 
     `context` is the most that a prompt and its answer may be together, in tokens; by default what the model was made
-    for, within that of `limits`.
+    for, within that of `limits`. `states` is a folder in which the states of texts outlive the server.
     Raises `ConfigError` for a model without a tokeniser, and a `context` beyond what the model was made for.
     """
     limits = limits or Limits()
@@ -46,8 +51,12 @@ def prepare(
     reader = reader_of(made)
     if isinstance(reader, TransformersReader) and not reader.goes_on:  # a prompt is read at once
         limits = dataclasses.replace(limits, chunk=limits.context, piece=limits.context)
+    folder = None if states is None else StateFolder(states, fingerprint(made), limits.states)
     return Served(
-        name, Engine(reader, limits), tokenizer, frozenset(end for end in ends if end is not None)
+        name,
+        Engine(reader, limits, folder),
+        tokenizer,
+        frozenset(end for end in ends if end is not None),
     )
 
 
@@ -84,14 +93,18 @@ def serve(
     api_key: str | None = None,
     limits: Limits | None = None,
     context: int | None = None,
+    states: Path | None = None,
     body_bytes: int = 4 << 20,
 ) -> None:
-    """Answers over HTTP until it is interrupted; `docs/serve.md` describes the API, `prepare` what `context` is."""
+    """Answers over HTTP until it is interrupted; `docs/serve.md` describes the API.
+
+    `context` and `states` are those of `prepare`.
+    """
     uvicorn = require("uvicorn", extra="serve")
     require("fastapi", extra="serve")
     from seqmix.serve.app import create_app
 
-    served = [prepare(model, limits, context=context) for model in models]
+    served = [prepare(model, limits, context=context, states=states) for model in models]
     names = [each.name for each in served]
     if len({*names}) < len(names):
         raise ConfigError(f"Two models have one name: {', '.join(names)}. Rename a folder.")
