@@ -35,8 +35,10 @@ uvicorn = pytest.importorskip(
     "uvicorn", reason="uvicorn is not installed: pip install 'seqmix[serve]'"
 )
 import httpx  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
 from seqmix.serve.app import create_app  # noqa: E402
+from seqmix.serve.reports import Reports  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 KEY = "secret"
@@ -392,6 +394,78 @@ def test_the_page_streams_an_answer_without_errors(served, tmp_path, width):
     assert 'data-runs="1"' in done.stdout
     assert re.search(r"\b64 tokens, [\d.]+ tokens/s", done.stdout)
     assert "states 0" not in done.stdout
+
+
+RECORD = {
+    "id": "a-claim",
+    "title": "A <b>paper</b>",
+    "paper": "arXiv:1",
+    "where": "section 1",
+    "claimed": "it is so",
+    "size": "full",
+    "verdict": "reproduced",
+    "seconds": 1.0,
+    "findings": [
+        {"statement": "s", "expected": "e", "measured": {"loss": 1.5}, "verdict": "reproduced"}
+    ],
+}
+
+
+@pytest.fixture
+def pages(served, tmp_path):
+    """A server of reports, which is not started."""
+    folder = tmp_path / "runs"
+    (folder / "compare x").mkdir(parents=True)
+    (folder / "compare x/report.html").write_text("the <i>report</i>")
+    (folder / "a-claim.json").write_text(json.dumps(RECORD))
+    (folder / "other.json").write_text("[1]")
+    (folder / "notes.txt").write_text("secret")
+    (tmp_path / "outside.html").write_text("secret")
+    (folder / "link.html").symlink_to(tmp_path / "outside.html")
+    app = create_app([served], reports=Reports(folder))
+    return TestClient(app)
+
+
+def test_reports_and_claims_are_pages(pages):
+    assert 'href="/reports"' in pages.get("/").text
+    index = pages.get("/reports").text
+    assert set(re.findall(r'href="(.*?)"', index)) - {"data:,"} == {
+        "/reports/claims",
+        "/reports/compare%20x/report.html",
+        "/",
+    }
+    report = pages.get("/reports/compare%20x/report.html")
+    assert report.text == "the <i>report</i>"
+    assert "sandbox" in report.headers["content-security-policy"]
+    claims = pages.get("/reports/claims").text
+    assert "A &lt;b&gt;paper&lt;/b&gt;" in claims
+    assert "loss 1.5" in claims
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.html",
+        "..%2Foutside.html",
+        "%2e%2e/outside.html",
+        "compare%20x/../../outside.html",
+        "link.html",
+        "notes.txt",
+        "a-claim.json",
+        "%00",
+        "/etc/passwd",
+        "compare x",
+    ],
+)
+def test_nothing_outside_of_the_reports_is_reachable(pages, name):
+    answer = pages.get(f"/reports/{name}")
+    assert answer.status_code == 404
+    assert "secret" not in answer.text
+
+
+def test_without_reports_there_is_no_such_page(http):
+    assert http.get("/reports").status_code == 404
+    assert "LINKS" not in http.get("/").text
 
 
 class Letters:

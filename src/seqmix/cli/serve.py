@@ -31,6 +31,13 @@ def run(
         ),
     ] = None,
     body_mb: Annotated[int, typer.Option(min=1, help="Megabytes of one request.")] = 4,
+    reports: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder whose reports and claims' records are shown as pages, such as runs.",
+            show_default=False,
+        ),
+    ] = None,
     states: Annotated[
         Path | None,
         typer.Option(
@@ -59,5 +66,6 @@ def run(
         limits=limits,
         context=context,
         states=states,
+        reports=reports,
         body_bytes=body_mb << 20,
     )

@@ -285,7 +285,14 @@ def _opened(path: str | Path, device: str | torch.device = "cpu") -> Iterator[An
             yield file
     except FileNotFoundError:
         raise CheckpointError(f"There is no state at {path}.") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged or not a state: {error}.") from None
 
 

@@ -34,9 +34,14 @@ from seqmix.generate import Constraint
 from seqmix.serve.answers import Answers, Piece, Served
 from seqmix.serve.metrics import exposition
 from seqmix.serve.protocol import Body, ChatBody, CompletionBody
+from seqmix.serve.reports import Reports
 from seqmix.serve.request import QueueFull
 
 PAGE = Path(__file__).with_name("page.html")
+REPORTS_LINK = '<a href="/reports">Reports and claims</a>'
+ALONE = {  # a report may run its plots, and reach nothing of the server
+    "Content-Security-Policy": "sandbox allow-scripts allow-top-navigation-by-user-activation"
+}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
@@ -51,7 +56,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    models: Sequence[Served], *, api_key: str | None = None, body_bytes: int = 4 << 20
+    models: Sequence[Served],
+    *,
+    api_key: str | None = None,
+    body_bytes: int = 4 << 20,
+    reports: Reports | None = None,
 ) -> FastAPI:
     """The application; the engines run between its start and its end."""
 
@@ -78,7 +87,21 @@ def create_app(
     @app.get("/", include_in_schema=False)
     async def playground() -> HTMLResponse:
         names = json.dumps(list(known)).replace("<", "\\u003c")
-        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("MODELS", names, 1))
+        page = PAGE.read_text(encoding="utf-8").replace("MODELS", names, 1)
+        return HTMLResponse(page.replace("LINKS", REPORTS_LINK if reports else "", 1))
+
+    if reports is not None:
+
+        @app.get("/reports", include_in_schema=False)
+        def list_reports() -> HTMLResponse:
+            return HTMLResponse(reports.index(), headers=ALONE)
+
+        @app.get("/reports/{name:path}", include_in_schema=False)
+        def report(name: str) -> HTMLResponse:
+            found = reports.read(name)
+            if found is None:
+                raise HTTPException(404, f"There is no report {name[:100]!r}.")
+            return HTMLResponse(found, headers=ALONE)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -95,18 +95,21 @@ def serve(
     context: int | None = None,
     states: Path | None = None,
     body_bytes: int = 4 << 20,
+    reports: Path | None = None,
 ) -> None:
     """Answers over HTTP until it is interrupted; `docs/serve.md` describes the API.
 
-    `context` and `states` are those of `prepare`.
+    `context` and `states` are those of `prepare`; `reports` is a folder whose reports and records are shown as pages.
     """
     uvicorn = require("uvicorn", extra="serve")
     require("fastapi", extra="serve")
     from seqmix.serve.app import create_app
+    from seqmix.serve.reports import Reports
 
+    pages = None if reports is None else Reports(reports)
     served = [prepare(model, limits, context=context, states=states) for model in models]
     names = [each.name for each in served]
     if len({*names}) < len(names):
         raise ConfigError(f"Two models have one name: {', '.join(names)}. Rename a folder.")
-    app = create_app(served, api_key=api_key, body_bytes=body_bytes)
+    app = create_app(served, api_key=api_key, body_bytes=body_bytes, reports=pages)
     uvicorn.run(app, host=host, port=port, log_level="warning")
