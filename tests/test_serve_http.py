@@ -357,7 +357,7 @@ def test_minutes_of_many_streams_lose_and_mix_nothing(client):
     assert asked > 64
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(
     address, served, examples
 ):
