@@ -336,7 +336,7 @@ class Engine:
 
     def _fail(self) -> None:
         """Ends everything under way with an error."""
-        taken = {each.request for each in (*self._rows, *self._readings)}
+        taken = {row.request for row in self._rows} | {each.request for each in self._readings}
         self._rows, self._state, self._readings = [], None, []
         self.counts.errors += 1
         for request in taken:

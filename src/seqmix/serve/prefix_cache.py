@@ -88,12 +88,17 @@ class Level:
         if node in self._sizes:
             self._sizes.move_to_end(node)
 
-    def drop(self, node: Node | None = None) -> Node | None:
-        """Takes out a place, if it is kept here; the one not used for longest by default. Returns it."""
-        node = next(iter(self._sizes), None) if node is None else node
+    def drop(self, node: Node) -> bool:
+        """Takes out a place; False if it is not kept here."""
         if node not in self._sizes:
-            return None
+            return False
         self.bytes -= self._sizes.pop(node)
+        return True
+
+    def drop_oldest(self) -> Node:
+        """Takes out the place that was not used for longest."""
+        node, size = self._sizes.popitem(last=False)
+        self.bytes -= size
         return node
 
 
@@ -185,11 +190,13 @@ class PrefixCache:
 
     def _shrink(self) -> None:
         """Drops the oldest states beyond the limits; a place that is neither held nor saved leaves the tree."""
-        while self.held.bytes > self.limit and (node := self.held.drop()):
+        while self.held.bytes > self.limit:
+            node = self.held.drop_oldest()
             node.addition = None
             if node not in self.saved:
                 node.leave()
-        while self.folder and self.saved.bytes > self.folder.limit and (node := self.saved.drop()):
+        while self.folder and self.saved.bytes > self.folder.limit:
+            node = self.saved.drop_oldest()
             self.folder.remove(node.tokens)
             if node not in self.held:
                 node.leave()
@@ -205,7 +212,7 @@ class PrefixCache:
 
     def _survey(self, folder: StateFolder) -> None:
         """Takes the states of the folder into the tree; those without their parent are of no use."""
-        places = {(): self.root}
+        places: dict[tuple[int, ...], Node] = {(): self.root}
         found = sorted(folder.survey(), key=lambda kept: len(kept.tokens))
         for kept in found:
             parent = places.get(kept.tokens[: kept.parent])

@@ -113,7 +113,7 @@ def digest(state: State) -> str:
     found = hashlib.sha256()
     for leaf in leaves(state):
         found.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-        found.update(leaf.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(leaf.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
