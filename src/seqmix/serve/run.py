@@ -34,6 +34,10 @@ def prepare(
     Raises `ConfigError` for a model without a tokeniser, and a `context` beyond what the model was made for.
     """
     limits = limits or Limits()
+    if states is not None and not limits.cache:
+        raise ConfigError(
+            "states: what is read from disk needs room in memory. Give it with --cache-mb."
+        )
     made, tokenizer = load_language_model(model)
     if tokenizer is None:
         raise ConfigError(f"{model} comes without a tokeniser, so it cannot read text.")

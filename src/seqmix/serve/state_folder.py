@@ -83,10 +83,10 @@ class StateFolder:
             addition = load_state(path)
             if read_note(path).get("sha256") != digest(addition):
                 raise CheckpointError(f"{path} is damaged.")
+            path.touch()
         except (CheckpointError, OSError) as error:
             warnings.warn(f"A kept state is not used: {error}", stacklevel=2)
             return None
-        path.touch()
         return addition
 
     def remove(self, tokens: Sequence[int]) -> None:
