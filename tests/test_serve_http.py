@@ -26,7 +26,9 @@ from seqmix.models.hf import SeqmixConfig
 from seqmix.serve import run
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
+from seqmix.serve.metrics import METRICS
 from seqmix.serve.reader import SeqmixReader
+from seqmix.serve.state_folder import StateFolder
 from seqmix.serve.writer import Writer
 from seqmix.train.language import prepare
 
@@ -322,7 +324,8 @@ def test_a_client_that_leaves_frees_its_row(http, served):
 def test_health_and_metrics(http):
     assert http.get("/health").json() == {"status": "ok"}
     text = http.get("/metrics").text
-    assert 'seqmix_answer_tokens_total{model="tiny"}' in text
+    for name in METRICS:
+        assert f'seqmix_{name}{{model="tiny"}} ' in text
 
 
 def stream_one(client, i):
@@ -342,19 +345,28 @@ LOAD_SECONDS = 120
 
 
 @pytest.mark.slow
-def test_minutes_of_many_streams_lose_and_mix_nothing(client):
+def test_minutes_of_many_streams_lose_and_mix_nothing(client, served, tmp_path):
+    """States come and go between memory and disk meanwhile, for there is room for few."""
     alone = [stream_one(client, i) for i in range(100)]
+    limits = dataclasses.replace(served.engine.limits, piece=8, cache=100_000)
+    engine = Engine(served.engine.reader, limits, StateFolder(tmp_path, "f" * 64, 400_000))
     end = time.monotonic() + LOAD_SECONDS
 
     def keep_asking(worker):
-        for i in itertools.count(worker):
-            if time.monotonic() > end:
-                return i
-            assert stream_one(client, i % 100) == alone[i % 100]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for i in itertools.count(worker):
+                if time.monotonic() > end:
+                    return i
+                assert stream_one(client, i % 100) == alone[i % 100]
 
-    with ThreadPoolExecutor(64) as pool:
-        asked = sum(end - start for start, end in enumerate(pool.map(keep_asking, range(64))))
+    with (
+        running(create_app([Served("tiny", engine, served.tokenizer)])) as url,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        asked = sum(last - first for first, last in enumerate(pool.map(keep_asking, range(64))))
     assert asked > 64
+    assert engine.cache.read_states > 0
+    assert engine.num_rows == 0
 
 
 @pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
