@@ -8,9 +8,10 @@ import torch
 from seqmix.core.errors import RangeError
 from seqmix.core.state import leaves, num_bytes
 from seqmix.generate import Constraint, Sampling
-from seqmix.serve.engine import Engine, Limits, QueueFull, Request, likelihood
+from seqmix.serve.engine import Engine, Limits, likelihood
 from seqmix.serve.prefix_cache import PrefixCache
 from seqmix.serve.reader import SeqmixReader
+from seqmix.serve.request import QueueFull, Request
 from seqmix.testing.models import build, draw
 
 LAYOUTS = (
@@ -92,11 +93,11 @@ def test_requests_that_share_steps_get_what_they_get_alone(reader):
 
 
 def test_greedy_answers_are_those_of_full_forwards(reader):
-    ids = torch.tensor([prompt(7, 3)])
-    (got,) = ask(Engine(reader), Request(ids[0].tolist(), Answers(), 6, GREEDY))
+    ids = prompt(7, 3)
+    (got,) = ask(Engine(reader), Request(ids, Answers(), 6, GREEDY))
     for token in got[0]:
-        assert token == int(reader.read(ids, None)[0].argmax())
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        assert token == int(reader.read([ids], None)[0].argmax())
+        ids = [*ids, token]
 
 
 def test_a_text_read_before_is_not_read_again(reader):
@@ -106,7 +107,7 @@ def test_a_text_read_before_is_not_read_again(reader):
     again = Request(text, Answers(), 6, GREEDY)
     ask(engine, first)
     ask(engine, again)
-    assert (first.reused, again.reused) == (0, 24)
+    assert (first.reused, again.reused) == (0, 29)
     assert again.listener == first.listener
     # The next turn begins with the prompt and all of the answer but its last token, which nobody has read.
     turn = [*text, *first.listener[0], *prompt(4, 6)]
@@ -117,9 +118,58 @@ def test_a_text_read_before_is_not_read_again(reader):
     assert follow.listener == fresh.listener
 
 
+class Watched(SeqmixReader):
+    """Notes how many tokens of how many texts each call reads."""
+
+    def __init__(self, reader):
+        self.model, self.vocabulary, self.calls = reader.model, reader.vocabulary, []
+
+    def read(self, texts, state):
+        self.calls.append([len(text) for text in texts])
+        return super().read(texts, state)
+
+
+def test_prompts_that_wait_are_read_together(hybrid):
+    engine = Engine(Watched(hybrid))
+    ask(engine, *(Request(prompt(3 + i, i), Answers(), 2, GREEDY) for i in range(9)))
+    assert engine.reader.calls == [[*range(2, 11)], [1] * 9, [1] * 9]
+
+
+def test_prompts_that_begin_alike_are_read_once(hybrid):
+    engine = Engine(hybrid, Limits(chunk=8))
+    shared = prompt(21, 1)
+    ask(engine, *(Request([*shared, i, i], Answers(), 2, GREEDY) for i in range(9)))
+    assert engine.counts.prompt_tokens == 16 + 9 * 6
+    same = [Request(shared[:15], Answers(), 2, GREEDY) for _ in range(9)]
+    before = engine.counts.prompt_tokens
+    ask(engine, *same)
+    assert engine.counts.prompt_tokens - before == 6
+    assert [each.reused for each in same] == [8] + [14] * 8
+
+
+def test_a_long_prompt_stalls_neither_answers_nor_short_prompts(hybrid):
+    engine = Engine(Watched(hybrid), Limits(chunk=64, piece=8))
+    answer, long, short = (
+        Request(prompt(length, length), Answers(), 40, GREEDY) for length in (3, 200, 5)
+    )
+    engine.submit(answer)
+    engine.step()
+    engine.submit(long)
+    engine.submit(short)
+    while not short.listener:
+        engine.step()
+    assert len(short.listener[0]) == 1
+    assert engine.counts.steps == 2
+    while not long.listener:
+        engine.step()
+    pieces = [call for call in engine.reader.calls if {*call} != {1}][1:]
+    assert max(map(sum, pieces)) == 8
+    assert engine.counts.steps - 1 == len(answer.listener[0]) - 1 == -(-(199 + 4) // 8)
+
+
 def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first(hybrid):
     def read(text):
-        return hybrid.read(torch.tensor([text]), None)[1]
+        return hybrid.read([text], None)[1]
 
     texts = [prompt(8, seed) for seed in range(4)]
     size = num_bytes(read(texts[0])) + 8 * 8
@@ -127,13 +177,13 @@ def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first(hybrid)
     root = cache.find([])
     for text in texts[:3]:
         cache.add(root, text, read(text))
-    assert (cache.bytes, len(cache)) == (3 * size, 3)
+    assert (cache.held.bytes, len(cache.held)) == (3 * size, 3)
     cache.find(texts[0])
     cache.add(root, texts[3], read(texts[3]))
     assert [cache.find(text).length for text in texts] == [8, 0, 8, 8]
-    assert cache.bytes == 3 * size
+    assert cache.held.bytes == 3 * size
     assert cache.add(root, prompt(40, 9), read(prompt(40, 9))).length == 40
-    assert cache.bytes <= cache.limit
+    assert cache.held.bytes <= cache.limit
     assert (
         cache.add(root, prompt(90, 9), read(prompt(90, 9))) is root
     )  # larger than all of the room
@@ -142,14 +192,14 @@ def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first(hybrid)
 def test_a_shared_beginning_takes_room_once(hybrid):
     cache = PrefixCache(1 << 30)
     text = prompt(40, 1)
-    state = hybrid.read(torch.tensor([text]), None)[1]
+    state = hybrid.read([text], None)[1]
     middle = cache.add(cache.find([]), text, state)
-    before = cache.bytes
+    before = cache.held.bytes
     for seed in (2, 3):
-        more = hybrid.read(torch.tensor([prompt(2, seed)]), state)[1]
+        more = hybrid.read([prompt(2, seed)], state)[1]
         cache.add(middle, prompt(2, seed), more)
     keys = 2 * 16 * 4  # bytes per token of the one attention block with one key head
-    assert cache.bytes == 3 * before - 2 * 38 * (keys + 8)
+    assert cache.held.bytes == 3 * before - 2 * 38 * (keys + 8)
     found = cache.find([*text, *prompt(2, 3), 1])
     assert found.length == 42
     for got, wanted in zip(leaves(found.state), leaves(more), strict=True):

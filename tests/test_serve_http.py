@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -15,12 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig, MambaConfig
 
+from seqmix.core.errors import ConfigError
 from seqmix.data.text import Corpus
+from seqmix.generate import Constraint
 from seqmix.models.backbone import ModelSpec
+from seqmix.models.hf import SeqmixConfig
+from seqmix.serve import run
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
+from seqmix.serve.metrics import METRICS
 from seqmix.serve.reader import SeqmixReader
+from seqmix.serve.state_folder import StateFolder
 from seqmix.serve.writer import Writer
 from seqmix.train.language import prepare
 
@@ -29,8 +37,10 @@ uvicorn = pytest.importorskip(
     "uvicorn", reason="uvicorn is not installed: pip install 'seqmix[serve]'"
 )
 import httpx  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
 from seqmix.serve.app import create_app  # noqa: E402
+from seqmix.serve.reports import Reports  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 KEY = "secret"
@@ -214,6 +224,53 @@ def test_a_schema_that_cannot_be_followed_is_refused(client, response_format):
         answer_in(client, response_format)
 
 
+class Stuck(Constraint):
+    """After two tokens nothing may follow, and yet the text is not whole."""
+
+    def allowed(self, ids, vocabulary, ends):
+        return torch.full((vocabulary,), len(ids) < 2)
+
+    def is_over(self, ids):
+        return False
+
+
+def test_a_constraint_that_leaves_no_token_is_refused_by_name(client, monkeypatch):
+    async def constraint(served, body):
+        return Stuck()
+
+    monkeypatch.setattr("seqmix.serve.app.constraint", constraint)
+    messages = [{"role": "user", "content": "x"}]
+    options = {"model": "tiny", "messages": messages, "max_tokens": 9, "temperature": 0}
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(**options)
+    stream = client.chat.completions.create(**options, stream=True)
+    assert next(stream).choices[0].delta.content
+    with pytest.raises(openai.APIError, match="response_format"):
+        list(stream)
+    assert complete(client).choices[0].finish_reason == "length"  # the others go on
+
+
+@pytest.mark.parametrize("positions", [None, 64])
+def test_a_context_is_no_longer_than_the_model_was_made_for(positions, tmp_path):
+    model, words = prepare(
+        dataclasses.replace(SPEC, positions=positions), "bytes", Corpus("c", ("x",)), seed=0
+    )
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    assert run.prepare(tmp_path).engine.limits.context == (positions or Limits().context)
+    assert run.prepare(tmp_path, context=50).engine.limits.context == 50
+    if positions:
+        with pytest.raises(ConfigError, match=f"at most {positions} tokens"):
+            run.prepare(tmp_path, context=positions + 1)
+
+
+def test_the_longest_text_of_models_of_transformers():
+    assert run.longest_text(GPT2Config(n_positions=48)) == 48
+    assert run.longest_text(LlamaConfig(max_position_embeddings=96)) == 96
+    assert run.longest_text(SeqmixConfig.from_spec(SPEC, source={"n_positions": 48})) == 48
+    assert run.longest_text(MambaConfig()) is None
+
+
 def test_unknown_models_and_wrong_keys(address, client):
     with pytest.raises(openai.NotFoundError):
         complete(client, model="../../etc/passwd")
@@ -267,11 +324,12 @@ def test_a_client_that_leaves_frees_its_row(http, served):
 def test_health_and_metrics(http):
     assert http.get("/health").json() == {"status": "ok"}
     text = http.get("/metrics").text
-    assert 'seqmix_answer_tokens_total{model="tiny"}' in text
+    for name in METRICS:
+        assert f'seqmix_{name}{{model="tiny"}} ' in text
 
 
 def stream_one(client, i):
-    options = {"temperature": 1.2 if i % 2 else 0, "seed": i, "max_tokens": 5 + i % 11}
+    options = {"temperature": 1.2 if i % 2 else 0, "seed": i, "max_tokens": 3 + i % 7}
     stream = complete(client, f"Question {i}: " + "x" * (i % 17), stream=True, **options)
     return "".join(chunk.choices[0].text for chunk in stream)
 
@@ -287,22 +345,34 @@ LOAD_SECONDS = 120
 
 
 @pytest.mark.slow
-def test_minutes_of_many_streams_lose_and_mix_nothing(client):
+def test_minutes_of_many_streams_lose_and_mix_nothing(client, served, tmp_path):
+    """States come and go between memory and disk meanwhile, for there is room for few."""
     alone = [stream_one(client, i) for i in range(100)]
+    limits = dataclasses.replace(served.engine.limits, piece=8, cache=100_000)
+    engine = Engine(served.engine.reader, limits, StateFolder(tmp_path, "f" * 64, 400_000))
     end = time.monotonic() + LOAD_SECONDS
 
     def keep_asking(worker):
-        for i in itertools.count(worker):
-            if time.monotonic() > end:
-                return i
-            assert stream_one(client, i % 100) == alone[i % 100]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for i in itertools.count(worker):
+                if time.monotonic() > end:
+                    return i
+                assert stream_one(client, i % 100) == alone[i % 100]
 
-    with ThreadPoolExecutor(64) as pool:
-        asked = sum(end - start for start, end in enumerate(pool.map(keep_asking, range(64))))
+    with (
+        running(create_app([Served("tiny", engine, served.tokenizer)])) as url,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        asked = sum(last - first for first, last in enumerate(pool.map(keep_asking, range(64))))
     assert asked > 64
+    assert engine.cache.read_states > 0
+    assert engine.num_rows == 0
 
 
-def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(address, served):
+@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(
+    address, served, examples
+):
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     hypothesis = pytest.importorskip("hypothesis")
     schema = schemathesis.openapi.from_dict(create_app([served]).openapi())
@@ -310,7 +380,7 @@ def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(addres
 
     for operation in schema.get_all_operations():
 
-        @hypothesis.settings(max_examples=12, deadline=None, database=None, derandomize=True)
+        @hypothesis.settings(max_examples=examples, deadline=None, database=None, derandomize=True)
         @hypothesis.given(operation.ok().as_strategy())
         def sent(case):
             if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
@@ -324,7 +394,7 @@ def test_nothing_that_the_description_allows_or_forbids_breaks_the_server(addres
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", [390, pytest.param(1200, marks=pytest.mark.slow)])
 def test_the_page_streams_an_answer_without_errors(served, tmp_path, width):
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
@@ -339,6 +409,78 @@ def test_the_page_streams_an_answer_without_errors(served, tmp_path, width):
     assert 'data-runs="1"' in done.stdout
     assert re.search(r"\b64 tokens, [\d.]+ tokens/s", done.stdout)
     assert "states 0" not in done.stdout
+
+
+RECORD = {
+    "id": "a-claim",
+    "title": "A <b>paper</b>",
+    "paper": "arXiv:1",
+    "where": "section 1",
+    "claimed": "it is so",
+    "size": "full",
+    "verdict": "reproduced",
+    "seconds": 1.0,
+    "findings": [
+        {"statement": "s", "expected": "e", "measured": {"loss": 1.5}, "verdict": "reproduced"}
+    ],
+}
+
+
+@pytest.fixture
+def pages(served, tmp_path):
+    """A server of reports, which is not started."""
+    folder = tmp_path / "runs"
+    (folder / "compare x").mkdir(parents=True)
+    (folder / "compare x/report.html").write_text("the <i>report</i>")
+    (folder / "a-claim.json").write_text(json.dumps(RECORD))
+    (folder / "other.json").write_text("[1]")
+    (folder / "notes.txt").write_text("secret")
+    (tmp_path / "outside.html").write_text("secret")
+    (folder / "link.html").symlink_to(tmp_path / "outside.html")
+    app = create_app([served], reports=Reports(folder))
+    return TestClient(app)
+
+
+def test_reports_and_claims_are_pages(pages):
+    assert 'href="/reports"' in pages.get("/").text
+    index = pages.get("/reports").text
+    assert set(re.findall(r'href="(.*?)"', index)) - {"data:,"} == {
+        "/reports/claims",
+        "/reports/compare%20x/report.html",
+        "/",
+    }
+    report = pages.get("/reports/compare%20x/report.html")
+    assert report.text == "the <i>report</i>"
+    assert "sandbox" in report.headers["content-security-policy"]
+    claims = pages.get("/reports/claims").text
+    assert "A &lt;b&gt;paper&lt;/b&gt;" in claims
+    assert "loss 1.5" in claims
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.html",
+        "..%2Foutside.html",
+        "%2e%2e/outside.html",
+        "compare%20x/../../outside.html",
+        "link.html",
+        "notes.txt",
+        "a-claim.json",
+        "%00",
+        "/etc/passwd",
+        "compare x",
+    ],
+)
+def test_nothing_outside_of_the_reports_is_reachable(pages, name):
+    answer = pages.get(f"/reports/{name}")
+    assert answer.status_code == 404
+    assert "secret" not in answer.text
+
+
+def test_without_reports_there_is_no_such_page(http):
+    assert http.get("/reports").status_code == 404
+    assert "LINKS" not in http.get("/").text
 
 
 class Letters:

@@ -9,7 +9,8 @@ histories and any mix of them alike.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,31 +249,51 @@ class History:
         return self.state
 
 
-def save_state(state: State, path: str | Path) -> Path:
-    """Writes the state to one safetensors file (no pickle), atomically."""
+def save_state(state: State, path: str | Path, *, note: Mapping[str, str] | None = None) -> Path:
+    """Writes the state to one safetensors file (no pickle), atomically; `read_note` reads the note back."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_describe(state, "state", tensors))
-    metadata = {"format": "seqmix-state", "structure": structure}
+    metadata = {**(note or {}), "format": "seqmix-state", "structure": structure}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load_state(path: str | Path, *, device: str | torch.device = "cpu") -> State:
     """Reads what `save_state` wrote; raises `CheckpointError` for anything else."""
+    with _opened(path, device) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return _rebuild(json.loads(file.metadata()["structure"]), tensors)
+
+
+def read_note(path: str | Path) -> dict[str, str]:
+    """The note that `save_state` wrote beside a state; nothing else is read. Raises `CheckpointError` as it does."""
+    with _opened(path) as file:
+        return {k: v for k, v in file.metadata().items() if k not in ("format", "structure")}
+
+
+@contextmanager
+def _opened(path: str | Path, device: str | torch.device = "cpu") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            if (file.metadata() or {}).get("format") != "seqmix-state":
+                raise CheckpointError(
+                    f"{path} is a safetensors file, but not one that save_state wrote."
+                )
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"There is no state at {path}.") from None
-    except SafetensorError as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged or not a state: {error}.") from None
-    if metadata.get("format") != "seqmix-state":
-        raise CheckpointError(f"{path} is a safetensors file, but not one that save_state wrote.")
-    return _rebuild(json.loads(metadata["structure"]), tensors)
 
 
 def _describe(state: State, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -51,6 +51,15 @@ def paragraph(text: str, *, kind: str = "") -> str:
     return f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>"
 
 
+def links(targets: Mapping[str, str]) -> str:
+    """A list of links, text to address."""
+    lines = (
+        f'<li><a href="{html.escape(address)}">{html.escape(text)}</a></li>'
+        for text, address in targets.items()
+    )
+    return f"<ul>{''.join(lines)}</ul>"
+
+
 def preformatted(text: str) -> str:
     """A command or a listing, wrapped where the screen is narrow."""
     return f"<pre>{html.escape(text)}</pre>"
@@ -149,7 +158,8 @@ body { margin: 0; background: var(--page); color: var(--text);
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; padding-top: 0.75rem; border-top: 1px solid var(--line); }
-p { margin: 0.5rem 0; overflow-wrap: anywhere; }
+p, li { margin: 0.5rem 0; overflow-wrap: anywhere; }
+a { color: inherit; }
 .note { color: var(--muted); font-size: 0.9rem; }
 .answer { background: var(--mark); padding: 0.75rem 1rem; border-radius: 0.4rem; font-size: 1.05rem; }
 .scroll { overflow-x: auto; }

@@ -9,8 +9,9 @@ from typing import Any
 
 from seqmix.generate import Constraint
 from seqmix.generate.sampling import Sampling
-from seqmix.serve.engine import Engine, Event, Request
+from seqmix.serve.engine import Engine
 from seqmix.serve.protocol import Body
+from seqmix.serve.request import Event, Request
 from seqmix.serve.writer import Writer
 
 ANSWER_TOKENS = 256  # of a request that says nothing

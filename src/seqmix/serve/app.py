@@ -1,7 +1,8 @@
 """The HTTP server: OpenAI's API over engines, `/health`, `/metrics`, and a page to try it from at `/`.
 
 Every refusal is `{"error": {"message", "type", "param", "code"}}` with a 4xx status: 400 for a bad request, 401 for
-a missing key, 404 for an unknown model or path, 413 for too large a body, 429 for a full queue.
+a missing key, 404 for an unknown model or path, 413 for too large a body, 429 for a full queue. What goes wrong in
+the middle of a stream is an event of the same form, the last one.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from seqmix.core.errors import RangeError, SeqmixError
 from seqmix.generate import Constraint
 from seqmix.serve.answers import Answers, Piece, Served
-from seqmix.serve.engine import QueueFull
 from seqmix.serve.metrics import exposition
 from seqmix.serve.protocol import Body, ChatBody, CompletionBody
+from seqmix.serve.reports import Reports
+from seqmix.serve.request import QueueFull
 
-BODY_BYTES = 4 << 20
 PAGE = Path(__file__).with_name("page.html")
+REPORTS_LINK = '<a href="/reports">Reports and claims</a>'
+ALONE = {  # a report may run its plots, and reach nothing of the server
+    "Content-Security-Policy": "sandbox allow-scripts allow-top-navigation-by-user-activation"
+}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
@@ -51,7 +56,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    models: Sequence[Served], *, api_key: str | None = None, body_bytes: int = BODY_BYTES
+    models: Sequence[Served],
+    *,
+    api_key: str | None = None,
+    body_bytes: int = 4 << 20,
+    reports: Reports | None = None,
 ) -> FastAPI:
     """The application; the engines run between its start and its end."""
 
@@ -78,7 +87,21 @@ def create_app(
     @app.get("/", include_in_schema=False)
     async def playground() -> HTMLResponse:
         names = json.dumps(list(known)).replace("<", "\\u003c")
-        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("MODELS", names, 1))
+        page = PAGE.read_text(encoding="utf-8").replace("MODELS", names, 1)
+        return HTMLResponse(page.replace("LINKS", REPORTS_LINK if reports else "", 1))
+
+    if reports is not None:
+
+        @app.get("/reports", include_in_schema=False)
+        def list_reports() -> HTMLResponse:
+            return HTMLResponse(reports.index(), headers=ALONE)
+
+        @app.get("/reports/{name:path}", include_in_schema=False)
+        def report(name: str) -> HTMLResponse:
+            found = reports.read(name)
+            if found is None:
+                raise HTTPException(404, f"There is no report {name[:100]!r}.")
+            return HTMLResponse(found, headers=ALONE)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -258,8 +281,9 @@ async def respond(answers: Answers, body: Body, request: Request, shape: Shape) 
     finally:
         reading.cancel()
         leaving.cancel()
-    if any(piece.finish == "error" for piece in pieces):
-        return refusal(500, "The model failed while it answered.")
+    failed = next((piece for piece in pieces if piece.finish == "error"), None)
+    if failed is not None:
+        return failure(failed)
     each = [[p for p in pieces if p.answer == i] for i in range(answers.request.answers)]
     choices = [shape.choice(p, with_logprobs=with_logprobs, is_chunk=False) for p in each]
     return JSONResponse(shape.whole(choices, answers.usage))
@@ -276,6 +300,9 @@ async def _stream(
     pieces = answers.pieces()
     try:
         async for piece in pieces:
+            if piece.finish == "error":
+                yield f"data: {bytes(failure(piece).body).decode()}\n\n"
+                return
             if not (piece.text or piece.finish or with_logprobs):
                 continue
             is_first = piece.answer not in begun
@@ -302,6 +329,13 @@ def refusal(
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": param, "code": None}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+def failure(piece: Piece) -> JSONResponse:
+    """The error with which an answer ended."""
+    if piece.event.reason is not None:
+        return refusal(400, piece.event.reason)
+    return refusal(500, "The model failed while it answered.")
 
 
 class Guard:

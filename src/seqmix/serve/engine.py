@@ -1,30 +1,27 @@
 """Continuous batching: many requests share every step of one model, and each gets what it would get alone.
 
-A step reads a piece of the prompts that wait, then one token for every answer under way. Rows of different lengths
-end together in one state; a row joins when its prompt is read and leaves when its answer is done, without waiting
-for the others.
+A step reads pieces of the prompts that wait, all at once, then one token for every answer under way. Rows of different
+lengths end together in one state; a row joins when its prompt is read but for the last token, and leaves when its
+answer is done, without waiting for the others.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from seqmix.core.errors import RangeError, SeqmixError
-from seqmix.core.state import State, concatenate_rows, fork, num_bytes, select_rows, trim_rows
-from seqmix.generate import Constraint
-from seqmix.generate.sampling import Sampling, draw, random_numbers
+from seqmix.core.errors import DataError, RangeError, SeqmixError
+from seqmix.core.state import State, num_bytes, trim_rows
+from seqmix.generate.sampling import draw, random_numbers
 from seqmix.serve.prefix_cache import Node, PrefixCache
 from seqmix.serve.reader import Reader
-
-
-class QueueFull(SeqmixError):
-    """As many requests wait as may wait; the same request may succeed later."""
+from seqmix.serve.request import Event, QueueFull, Request
+from seqmix.serve.state_folder import StateFolder
 
 
 @dataclass(frozen=True)
@@ -35,53 +32,9 @@ class Limits:
     queue: int = 128  # requests that wait
     context: int = 8192  # tokens of a prompt and its answer
     chunk: int = 256  # tokens of prompts read per step; states are kept at its multiples
-    cache: int = 256 << 20  # bytes of kept states
-
-
-@dataclass(frozen=True)
-class Event:
-    """One more token of an answer, or its end.
-
-    `finish`: "length" comes with the last token; "stop" (an end-of-text token, which is not part of the answer, or a
-    constraint that nothing may follow) and "error" come with none.
-    """
-
-    answer: int
-    token: int | None = None
-    logprob: float = 0.0
-    top: Sequence[tuple[int, float]] = ()
-    finish: str | None = None
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and what is wanted; `listener` gets every event, on the engine's thread, and must not block.
-
-    Answer i is drawn with the seed `seed + i`, and by a generator of its own.
-    """
-
-    prompt: Sequence[int]
-    listener: Callable[[Event], object]
-    max_tokens: int = 16
-    sampling: Sampling = field(default_factory=Sampling)
-    constraint: Constraint | None = None  # the language that answers must belong to
-    seed: int = 0
-    answers: int = 1
-    ends: frozenset[int] = frozenset()  # tokens that end a text
-    top_logprobs: int | None = None  # log-probabilities of each token and of so many likeliest ones
-    reused: int = field(default=0, init=False)  # tokens of the prompt that were not read again
-    _stopped: set[int] = field(default_factory=set, init=False)
-
-    def stop(self, answer: int | None = None) -> None:
-        """Gives up one answer, or all; their events end and their room becomes free at the next step."""
-        self._stopped.update(range(self.answers) if answer is None else (answer,))
-
-    def is_stopped(self, answer: int) -> bool:
-        return answer in self._stopped
-
-    @property
-    def is_given_up(self) -> bool:
-        return len(self._stopped) == self.answers
+    piece: int = 64  # the same while answers are under way, so that they go on
+    cache: int = 256 << 20  # bytes of states kept in memory
+    states: int = 4 << 30  # bytes of states kept in a folder, if there is one
 
 
 @dataclass(eq=False)
@@ -96,11 +49,16 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     is_done: bool = False
 
-    def finish(self, why: str) -> None:
+    def finish(self, why: str, reason: str | None = None) -> None:
         """Ends the answer without a further token."""
         self.is_done = True
         self.request.stop(self.answer)
-        self.request.listener(Event(self.answer, finish=why))
+        self.request.listener(Event(self.answer, finish=why, reason=reason))
+
+    @property
+    def last(self) -> int:
+        """The token that is read next."""
+        return self.tokens[-1] if self.tokens else self.request.prompt[-1]
 
     @property
     def is_over(self) -> bool:
@@ -109,12 +67,30 @@ class _Row:
 
 @dataclass(eq=False)
 class _Reading:
-    """A prompt of which `position` tokens are read."""
+    """A prompt of which `position` tokens are read. Its last token is read with the answers: they begin there."""
 
     request: Request
     node: Node
-    state: State
-    position: int
+    state: State = None
+    position: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.request.prompt) - 1 - self.position
+
+    def piece(self, chunk: int) -> int:
+        """Tokens to the next place whose state is kept: a multiple of `chunk`, or the end."""
+        return min(chunk - self.position % chunk, self.left)
+
+    def until(self, chunk: int) -> tuple[int, ...]:
+        """The text up to there."""
+        return tuple(self.request.prompt[: self.position + self.piece(chunk)])
+
+    def rows(self) -> Iterator[_Row]:
+        """The answers to the prompt, now that it is read."""
+        for i in range(self.request.answers):
+            generator = random_numbers(self.request.seed + i)
+            yield _Row(self.request, i, self.node, generator, self.position)
 
 
 @dataclass
@@ -133,16 +109,17 @@ class Counts:
 class Engine:
     """One model and the requests to it. `step` does the work; `start` calls it on a thread of its own."""
 
-    def __init__(self, reader: Reader, limits: Limits | None = None) -> None:
+    def __init__(
+        self, reader: Reader, limits: Limits | None = None, states: StateFolder | None = None
+    ) -> None:
         self.reader = reader
         self.limits = limits or Limits()
-        self.cache = PrefixCache(self.limits.cache)
+        self.cache = PrefixCache(self.limits.cache, states)
         self.counts = Counts()
         self._waiting: deque[Request] = deque()
-        self._reading: _Reading | None = None
+        self._readings: list[_Reading] = []  # the oldest first
         self._rows: list[_Row] = []
         self._state: State = None
-        self._taken: set[Request] = set()  # those under way
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -209,74 +186,97 @@ class Engine:
                 self._fail()
 
     def _has_work(self) -> bool:
-        return bool(self._waiting or self._rows or self._reading)
+        return bool(self._waiting or self._rows or self._readings)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One piece of waiting prompts and one token of every answer; False when there is nothing to do."""
+        """Pieces of waiting prompts and one token of every answer; False when there is nothing to do."""
         if not self._has_work():
             return False
         self.counts.steps += 1
-        arrived = self._read_prompts()
-        self._settle(arrived)
+        self._take_in()
+        self._read_prompts()
+        self._settle()
         if self._rows:
-            ids = torch.tensor([[row.tokens[-1]] for row in self._rows])
-            logits, self._state = self.reader.read(ids, self._state)
+            logits, self._state = self.reader.read([[row.last] for row in self._rows], self._state)
             for row in self._rows:
                 row.length += 1
             self._extend(self._rows, logits)
-            self._settle([])
-        self._taken = {row.request for row in self._rows}
-        if self._reading is not None:
-            self._taken.add(self._reading.request)
+            self._settle()
         return True
 
-    def _read_prompts(self) -> list[tuple[list[_Row], State]]:
-        """Reads at most `chunk` tokens of prompts; returns the rows whose first token is now known."""
-        arrived: list[tuple[list[_Row], State]] = []
-        budget, taken = self.limits.chunk, sum(not row.is_over for row in self._rows)
-        while budget > 0 and (reading := self._next_prompt(taken)) is not None:
-            request, position = reading.request, reading.position
-            to_boundary = self.limits.chunk - position % self.limits.chunk
-            piece = request.prompt[position : position + min(to_boundary, budget)]
-            logits, reading.state = self.reader.read(torch.tensor([piece]), reading.state)
-            reading.position += len(piece)
-            budget -= len(piece)
-            self.counts.prompt_tokens += len(piece)
-            is_read = reading.position == len(request.prompt)
-            if is_read or reading.position % self.limits.chunk == 0:
-                since = request.prompt[reading.node.length : reading.position]
-                reading.node = self.cache.add(reading.node, since, reading.state)
-            if is_read:
-                self._reading = None
-                taken += request.answers
-                rows = [
-                    _Row(
-                        request, i, reading.node, random_numbers(request.seed + i), reading.position
-                    )
-                    for i in range(request.answers)
-                ]
-                self._extend(rows, logits.expand(len(rows), -1))
-                arrived.append((rows, fork(reading.state, len(rows))))
-        return arrived
+    def _take_in(self) -> None:
+        """Lets those that wait begin, the oldest first, as long as there is room for their answers."""
+        self._readings = [each for each in self._readings if not each.request.is_given_up]
+        taken = sum(not row.is_over for row in self._rows)
+        taken += sum(each.request.answers for each in self._readings)
+        with self._changed:
+            while self._waiting:
+                request = self._waiting[0]
+                if not request.is_given_up:
+                    taken += request.answers
+                    if taken > self.limits.rows:
+                        return
+                    self._readings.append(_Reading(request, self.cache.root))
+                self._waiting.popleft()
 
-    def _next_prompt(self, taken: int) -> _Reading | None:
-        """The prompt under way, or the next one that there is room for."""
-        if self._reading is not None and self._reading.request.is_given_up:
-            self._reading = None
-        while self._reading is None:
-            with self._changed:
-                while self._waiting and self._waiting[0].is_given_up:
-                    self._waiting.popleft()
-                if not self._waiting or taken + self._waiting[0].answers > self.limits.rows:
-                    return None
-                request = self._waiting.popleft()
-            self._taken.add(request)
-            node = self.cache.find(request.prompt[:-1])
-            request.reused = node.length
-            self.counts.reused_tokens += node.length
-            self._reading = _Reading(request, node, node.state, node.length)
-        return self._reading
+    def _read_prompts(self) -> None:
+        """Reads a piece of as many prompts as there is time for, all at once."""
+        pieces = self._pieces()
+        if not pieces:
+            return
+        texts = [each.request.prompt[each.position : each.position + n] for each, n in pieces]
+        state = self.reader.join([each.state for each, _ in pieces])
+        _, state = self.reader.read(texts, state)
+        for i, (each, length) in enumerate(pieces):
+            is_kept = length == each.piece(self.limits.chunk)
+            each.position += length
+            each.state = self._row_of(state, i, len(pieces), each.position)
+            self.counts.prompt_tokens += length
+            if is_kept:
+                since = each.request.prompt[each.node.length : each.position]
+                each.node = self.cache.add(each.node, since, each.state)
+
+    def _pieces(self) -> list[tuple[_Reading, int]]:
+        """Which prompts are read in this step, and how many tokens of each.
+
+        The oldest gets half of the tokens at least, so it never waits for ever; the others follow from the shortest
+        on, so a long prompt holds up no short one. Of those that go on alike one is read, and the others go on from
+        there.
+        """
+        for each in self._readings:
+            self._skip(each)
+        unread = [each for each in self._readings if each.left]
+        if not unread:
+            return []
+        oldest, *others = unread
+        room = self.limits.piece if self._rows else self.limits.chunk
+        reserved = min(oldest.piece(self.limits.chunk), (room + 1) // 2)
+        room -= reserved
+        under_way = {oldest.until(self.limits.chunk)}
+        pieces = []
+        for each in sorted(others, key=lambda each: each.left):
+            length = min(each.piece(self.limits.chunk), room)
+            if length and (text := each.until(self.limits.chunk)) not in under_way:
+                under_way.add(text)
+                pieces.append((each, length))
+                room -= length
+        return [(oldest, min(oldest.piece(self.limits.chunk), reserved + room)), *pieces]
+
+    def _skip(self, reading: _Reading) -> None:
+        """Goes on from the last place of the text whose state is kept."""
+        node = self.cache.find(reading.request.prompt[:-1])
+        if node.length > reading.position:
+            node = self.cache.load(node)
+        skipped = node.length - reading.position
+        if skipped > 0:
+            reading.node, reading.state, reading.position = node, node.state, node.length
+            reading.request.reused += skipped
+            self.counts.reused_tokens += skipped
+
+    def _row_of(self, state: State, i: int, rows: int, length: int) -> State:
+        """The state of one of several texts, of so many tokens."""
+        return state if rows == 1 else trim_rows(self.reader.select(state, [i]), length)
 
     def _extend(self, rows: list[_Row], logits: Tensor) -> None:
         """Chooses the next token of every row, of logits [B, V]."""
@@ -287,8 +287,10 @@ class Engine:
                 continue
             try:
                 token = _next_token(row, logit, best)
-            except SeqmixError:  # the constraint leaves nothing to go on with
-                row.finish("error")
+            except (
+                SeqmixError
+            ) as error:  # nothing to go on with: of what the constraint leaves, or at all
+                row.finish("error", None if request.constraint is None else str(error))
                 continue
             if token in request.ends:
                 row.finish("stop")
@@ -308,36 +310,34 @@ class Engine:
             if is_whole:
                 row.finish("stop")
 
-    def _settle(self, arrived: list[tuple[list[_Row], State]]) -> None:
-        """Lets rows leave whose answer is over, and the others join."""
-        batches = [(self._rows, self._state), *arrived] if self._rows else arrived
-        rows, states = [], []
-        for members, state in batches:
-            stay = [i for i, row in enumerate(members) if not row.is_over]
-            self._keep_answers(members, state)
+    def _settle(self) -> None:
+        """Lets rows leave whose answer is over, and those join whose prompt is read."""
+        self._keep_answers()
+        stay = [i for i, row in enumerate(self._rows) if not row.is_over]
+        read = [each for each in self._readings if not each.left]
+        new = [(row, each.state) for each in read for row in each.rows() if not row.is_over]
+        if new or len(stay) < len(self._rows):
+            states = [state for _, state in new]
             if stay:
-                rows += [members[i] for i in stay]
-                states.append(state if len(stay) == len(members) else select_rows(state, stay))
-        if rows == self._rows:
-            return
-        self._rows = rows
-        whole = len(states) > 1
-        self._state = concatenate_rows(states) if whole else states[0] if states else None
-        if rows:
-            self._state = trim_rows(self._state, max(row.length for row in rows))
+                are_all = len(stay) == len(self._rows)
+                states.insert(0, self._state if are_all else self.reader.select(self._state, stay))
+            self._rows = [*(self._rows[i] for i in stay), *(row for row, _ in new)]
+            longest = max((row.length for row in self._rows), default=0)
+            self._state = trim_rows(self.reader.join(states), longest) if states else None
+        self._readings = [each for each in self._readings if each.left]
 
-    def _keep_answers(self, members: list[_Row], state: State) -> None:
+    def _keep_answers(self) -> None:
         """Keeps the state after each finished answer: the next turn of a conversation begins with it."""
-        for i, row in enumerate(members):
+        for i, row in enumerate(self._rows):
             if row.is_done:
                 read = (*row.request.prompt, *row.tokens)[row.node.length : row.length]
-                alone = state if len(members) == 1 else select_rows(state, [i])
-                self.cache.add(row.node, read, trim_rows(alone, row.length))
+                alone = self._row_of(self._state, i, len(self._rows), row.length)
+                self.cache.add(row.node, read, alone)
 
     def _fail(self) -> None:
         """Ends everything under way with an error."""
-        taken = self._taken
-        self._rows, self._state, self._reading, self._taken = [], None, None, set()
+        taken = {row.request for row in self._rows} | {each.request for each in self._readings}
+        self._rows, self._state, self._readings = [], None, []
         self.counts.errors += 1
         for request in taken:
             for answer in range(request.answers):
@@ -351,6 +351,11 @@ def _next_token(row: _Row, logits: Tensor, likeliest: int) -> int:
     request, logits = row.request, logits.float()
     if request.constraint is not None:
         allowed = request.constraint.allowed(row.tokens, len(logits), request.ends)
+        if not bool(allowed.any()):
+            raise DataError(
+                "response_format: the model's tokenizer cannot write the rest of a text of this language. "
+                "Change the schema."
+            )
         logits = logits.masked_fill(~allowed, -torch.inf)
     elif request.sampling.is_plain:
         return likeliest

@@ -26,8 +26,16 @@ METRICS: dict[str, tuple[str, str, Callable[[Engine], int]]] = {
     "waiting": ("gauge", "Requests that wait.", lambda e: e.num_waiting),
     "answers": ("gauge", "Answers under way.", lambda e: e.num_rows),
     "state_bytes": ("gauge", "Bytes of their states.", lambda e: e.state_bytes),
-    "cache_bytes": ("gauge", "Bytes of kept states.", lambda e: e.cache.bytes),
-    "cache_states": ("gauge", "Kept states.", lambda e: len(e.cache)),
+    "cache_bytes": ("gauge", "Bytes of kept states.", lambda e: e.cache.held.bytes),
+    "cache_states": ("gauge", "Kept states.", lambda e: len(e.cache.held)),
+    "disk_bytes": ("gauge", "Bytes of states on disk.", lambda e: e.cache.saved.bytes),
+    "disk_states": ("gauge", "States on disk.", lambda e: len(e.cache.saved)),
+    "disk_reads_total": ("counter", "States read from disk.", lambda e: e.cache.read_states),
+    "disk_tokens_total": (
+        "counter",
+        "Tokens of texts whose state was read from disk.",
+        lambda e: e.cache.read_tokens,
+    ),
 }
 
 

@@ -5,33 +5,62 @@ Axes: B rows, T time, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from seqmix.core.state import State
+from seqmix.core.state import State, concatenate_rows, select_rows
 from seqmix.models.hf import SeqmixForCausalLM
+
+Texts = Sequence[Sequence[int]]
 
 
 class Reader(Protocol):
-    """What reads. A state holds texts that end together (`seqmix.core.state.concatenate_rows`)."""
+    """What reads. States are values, of several texts in rows; None is that of a text before its first token."""
 
     vocabulary: int
 
-    def read(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """ids [B, T] after the texts of `state` (None for none), to the last logits [B, V] and the state after them."""
+    def read(self, texts: Texts, state: State) -> tuple[Tensor, State]:
+        """Tokens of B texts, maybe of several lengths, after `state`, to the last logits [B, V] and the state after."""
+        ...
+
+    def join(self, states: Sequence[State]) -> State:
+        """One state with the rows of all; a None among them is one row."""
+        ...
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """These rows; a row may repeat."""
         ...
 
 
 class SeqmixReader:
-    """A model of this package."""
+    """A model of this package. Texts of several lengths are read as one, packed; in a state they end together."""
 
     def __init__(self, model: SeqmixForCausalLM) -> None:
         self.model = model.eval().model
         self.vocabulary = self.model.spec.vocabulary
 
     @torch.inference_mode()
-    def read(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        features, state = self.model.backbone(self.model.embedding(ids), state)
-        return self.model.logits(features[:, -1]), state
+    def read(self, texts: Texts, state: State) -> tuple[Tensor, State]:
+        lengths = [len(text) for text in texts]
+        if len({*lengths}) == 1:
+            ids = torch.tensor(texts)
+            features, state = self.model.backbone(self.model.embedding(ids), state)
+            return self.model.logits(features[:, -1]), state
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        packed = self.model.embedding(torch.tensor([[*chain.from_iterable(texts)]]))
+        features, state = self.model.backbone(packed, state, cu_seqlens=ends)
+        return self.model.logits(features[0, ends[1:] - 1]), state
+
+    @torch.inference_mode()
+    def join(self, states: Sequence[State]) -> State:
+        if len(states) == 1 or all(state is None for state in states):
+            return states[0]
+        first = self.model.initial_state(1)
+        return concatenate_rows([first if state is None else state for state in states])
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        return select_rows(state, rows)
