@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from seqmix.cli import _describe
-from seqmix.report.bench import FLOOR_COLUMNS, floor_cells
+from seqmix.report.bench import FLOOR_COLUMNS, SERVING_COLUMNS, floor_cells, serving_cells
 
 Record = dict[str, Any]
 
 
 def pages(docs: Path) -> dict[str, str]:
     """Markdown by file name; `docs` holds the kept results: `claims/ID.json` of `seqmix reproduce`, `speed.json` of
-    `seqmix bench --floors`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
+    `seqmix bench --floors`, `serving.json` of `seqmix bench --server`, and `compression/NAME.json`, the result.json of
+    `seqmix compress` or `convert`.
     """
     return {
         "operators.md": "\n".join(_operators()),
@@ -28,7 +29,7 @@ def pages(docs: Path) -> dict[str, str]:
         "objectives.md": "\n".join(_objectives()),
         "transforms.md": "\n".join(_transforms()),
         "claims.md": "\n".join(_claims(docs / "claims")),
-        "speed.md": "\n".join(_speed(docs / "speed.json")),
+        "speed.md": "\n".join([*_speed(docs / "speed.json"), *_serving(docs / "serving.json")]),
         "compression.md": "\n".join(_compression(docs / "compression")),
     }
 
@@ -205,6 +206,20 @@ def _speed(path: Path) -> Iterator[str]:
         ["what", "against", "sizes", "ratio", "ours, ms", "the other, ms"],
         [_size(row) for row in record["rows"] if "skipped" not in row],
     )
+
+
+def _serving(path: Path) -> Iterator[str]:
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    machine = record["machine"]
+    yield "\n## Servers\n"
+    yield (
+        "What clients of servers measured (`seqmix bench --server`), streams of different passages at once; medians of "
+        f"{record['rounds']} rounds in which the servers took turns. {machine['cpu']}, {machine['cores']} cores, "
+        f"{record['date']}, commit {machine.get('commit') or 'unknown'}. {record.get('note', '')}\n"
+    )
+    yield from _table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
 
 
 def _size(row: Record) -> list[str]:
