@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from seqmix.cli._pages import pages
+from seqmix.cli._pages import write_page
 from seqmix.core.errors import ConfigError, DataError, RangeError
 from seqmix.measure.serving import Server, Workload, measure_servers
 
@@ -69,7 +69,7 @@ def test_every_server_gets_every_passage_once_and_a_row_per_workload(server, tmp
     assert sorted(by_model["first"]) == sorted(by_model["second"])
     assert len({*by_model["first"]}) == len(by_model["first"]) == 3 * (1 + 4)
     (tmp_path / "serving.json").write_text(json.dumps(record))
-    assert "| b | 4 | 8 | 3 |" in pages(tmp_path)["speed.md"]
+    assert "| b | 4 | 8 | 3 |" in write_page("speed.md", tmp_path)
 
 
 @pytest.mark.parametrize(
