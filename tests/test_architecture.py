@@ -190,7 +190,7 @@ import contextlib, io, json
 from pathlib import Path
 import seqmix
 from seqmix.cli import main
-from seqmix.cli._pages import pages
+from seqmix.cli._pages import write_page
 from seqmix.measure.candidates import split_candidates
 from seqmix.models.backbone import ModelSpec, count_parameters
 
@@ -203,7 +203,7 @@ print(json.dumps({
     "source": seqmix.__file__,
     "list": json.loads(output("list", "mixers", "--json"))["mixers"],
     "explain": output("explain", "decayed_sum"),
-    "page": pages(Path("claims"))["mixers.md"],
+    "page": write_page("mixers.md", Path("claims")),
     "candidates": split_candidates("attention; 3x[decayed_sum], attention"),
     "parameters": count_parameters(ModelSpec(layout="decayed_sum")),
 }))

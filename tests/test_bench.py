@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seqmix.cli import main
-from seqmix.cli._pages import pages
+from seqmix.cli._pages import write_page
 from seqmix.cli.bench import disagreement as against_definition
 from seqmix.core.errors import SeqmixError, UnknownName
 from seqmix.measure import benchmark, curves, peers, ratios
@@ -349,13 +349,13 @@ def test_roofs_are_positive_and_explain_a_matrix_product():
 
 
 def test_speed_page_shows_the_kept_record_and_nothing_else(tmp_path):
-    assert "No run is kept." in pages(tmp_path)["speed.md"]
+    assert "No run is kept." in write_page("speed.md", tmp_path)
     rows = [row(3.0), row(1.0, what="c | d")]
     record = {**RECORD, "rows": rows, "floors": summarise(rows, RECORD["roofs"])}
     for entry in rows:
         entry["times"]["ours"] |= {"low_ms": 900.0, "high_ms": 1100.0}
     (tmp_path / "speed.json").write_text(json.dumps(record))
-    page = pages(tmp_path)["speed.md"]
+    page = write_page("speed.md", tmp_path)
     for shown in ("c \\| d", "| 2x | 3x | yes |", "1000 (900 to 1100)", "commit abc", "`T=10`"):
         assert shown in page
 

@@ -6,34 +6,31 @@ They are made while the documentation is built, so none of them can be out of da
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from seqmix.cli import _describe
-from seqmix.report.bench import FLOOR_COLUMNS, floor_cells
+from seqmix.report.bench import FLOOR_COLUMNS, SERVING_COLUMNS, floor_cells, serving_cells
 
 Record = dict[str, Any]
 
 
 def pages(docs: Path) -> dict[str, str]:
-    """Markdown by file name; `docs` holds the kept results: `claims/ID.json` of `seqmix reproduce`, `speed.json` of
-    `seqmix bench --floors`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
+    """Every page, as Markdown by file name; `docs` is that of `write_page`."""
+    return {name: write_page(name, docs) for name in NAMES}
+
+
+def write_page(name: str, docs: Path) -> str:
+    """One of the pages `NAMES`, as Markdown. `docs` holds the kept results.
+
+    They are `claims/ID.json` of `seqmix reproduce`, `speed.json` of `seqmix bench --floors`, `serving.json` of `seqmix
+    bench --server`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
     """
-    return {
-        "operators.md": "\n".join(_operators()),
-        "mixers.md": "\n".join(_mixers()),
-        "channels.md": "\n".join(_channels()),
-        "tasks.md": "\n".join(_tasks()),
-        "objectives.md": "\n".join(_objectives()),
-        "transforms.md": "\n".join(_transforms()),
-        "claims.md": "\n".join(_claims(docs / "claims")),
-        "speed.md": "\n".join(_speed(docs / "speed.json")),
-        "compression.md": "\n".join(_compression(docs / "compression")),
-    }
+    return "\n".join(_WRITERS[name](docs))
 
 
-def _operators() -> Iterator[str]:
+def _operators(docs: Path) -> Iterator[str]:
     yield "# Operators\n"
     yield "One mathematical function each, in several forms that must agree with its definition.\n"
     names = _describe.catalog("operators").names()
@@ -60,7 +57,7 @@ def _operators() -> Iterator[str]:
         yield from _table(["case", "sizes", "chosen", "cannot run"], rows)
 
 
-def _mixers() -> Iterator[str]:
+def _mixers(docs: Path) -> Iterator[str]:
     yield "# Mixers\n"
     yield "Layers that mix tokens; figures are of the default configuration, one text, float32.\n"
     records = [_describe.describe_mixer(name) for name in _describe.catalog("mixers")]
@@ -89,7 +86,7 @@ def _mixers() -> Iterator[str]:
             yield f"Does not keep the law `{law}`: {reason}\n"
 
 
-def _channels() -> Iterator[str]:
+def _channels(docs: Path) -> Iterator[str]:
     yield "# Channel mixers\n"
     yield "Layers that mix the channels of one token; figures are of the default configuration.\n"
     records = [_describe.describe_channel(name) for name in _describe.catalog("channels")]
@@ -99,7 +96,7 @@ def _channels() -> Iterator[str]:
         yield f"\n{record['parameters']:,} parameters; {record['flops_per_token']:,.0f} FLOPs per token.\n"
 
 
-def _tasks() -> Iterator[str]:
+def _tasks(docs: Path) -> Iterator[str]:
     yield "# Tasks\n"
     yield "Learning problems with exact answers, an oracle that scores 1, and a known chance level.\n"
     tasks = _describe.catalog("tasks")
@@ -110,7 +107,7 @@ def _tasks() -> Iterator[str]:
             yield from _config(_describe.describe_config(config))
 
 
-def _objectives() -> Iterator[str]:
+def _objectives(docs: Path) -> Iterator[str]:
     yield "# Objectives\n"
     yield "What a model is trained to do with a text; `seqmix.train.objective` trains any model by them.\n"
     objectives = _describe.catalog("objectives")
@@ -119,7 +116,7 @@ def _objectives() -> Iterator[str]:
         yield from _config(_describe.describe_config(objectives.get(name).Config))
 
 
-def _transforms() -> Iterator[str]:
+def _transforms(docs: Path) -> Iterator[str]:
     yield "# Transforms\n"
     yield (
         "Ways to make a pretrained model cheaper, the steps of a recipe of `seqmix compress` such as "
@@ -131,14 +128,16 @@ def _transforms() -> Iterator[str]:
         yield from _config(_describe.describe_config(transforms.get(name)))
 
 
-def _claims(folder: Path) -> Iterator[str]:
+def _claims(docs: Path) -> Iterator[str]:
     yield "# Claims\n"
     yield (
         "What papers claim, measured here by `seqmix reproduce ID`. A claim that does not hold here stays, "
         "with its evidence. Nothing on this page is typed: it shows the records of full runs.\n"
     )
     claims = _describe.catalog("claims")
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    results = {
+        path.stem: json.loads(path.read_text()) for path in sorted((docs / "claims").glob("*.json"))
+    }
     rows = []
     for name in claims:
         identifier = name.replace("_", "-")
@@ -175,15 +174,17 @@ def _result(result: Record) -> Iterator[str]:
     )
 
 
-def _speed(path: Path) -> Iterator[str]:
+def _speed(docs: Path) -> Iterator[str]:
     yield "# Speed\n"
     yield (
         "The speeds that the compiled kernels should reach on a CPU, and what `seqmix bench --floors` measured. "
         "Ratios are of medians within one run, both sides in turn; the size with the lowest ratio decides. "
         "Nothing on this page is typed: it shows the record of a run.\n"
     )
+    path = docs / "speed.json"
     if not path.exists():
         yield "No run is kept.\n"
+        yield from _serving(docs / "serving.json")
         return
     record = json.loads(path.read_text())
     rows = [floor_cells(floor) for floor in record["floors"]]
@@ -205,6 +206,21 @@ def _speed(path: Path) -> Iterator[str]:
         ["what", "against", "sizes", "ratio", "ours, ms", "the other, ms"],
         [_size(row) for row in record["rows"] if "skipped" not in row],
     )
+    yield from _serving(docs / "serving.json")
+
+
+def _serving(path: Path) -> Iterator[str]:
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    machine = record["machine"]
+    yield "\n## Servers\n"
+    yield (
+        "What clients of servers measured (`seqmix bench --server`), streams of different passages at once; medians of "
+        f"{record['rounds']} rounds in which the servers took turns. {machine['cpu']}, {machine['cores']} cores, "
+        f"{record['date']}, commit {machine.get('commit') or 'unknown'}. {record.get('note', '')}\n"
+    )
+    yield from _table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
 
 
 def _size(row: Record) -> list[str]:
@@ -237,13 +253,13 @@ def _index(records: Sequence[Record]) -> Iterator[str]:
 FIGURES = ("size_mb", "flops", "prefill_ms", "decode_ms", "loss", "zero_shot", "passkey")
 
 
-def _compression(folder: Path) -> Iterator[str]:
+def _compression(docs: Path) -> Iterator[str]:
     yield "# Models made cheaper\n"
     yield (
         "What `seqmix compress` and `seqmix convert` gave, each by one command (`make compression` runs them). Quality "
         "is measured on held-out text; times are medians of calls in turn within one run. Nothing here is typed.\n"
     )
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((docs / "compression").glob("*.json")):
         record = json.loads(path.read_text())
         arguments, machine = record["arguments"], record["machine"]
         yield f"\n## {path.stem}\n\n{arguments['model']}, {arguments['data']}: `{record['recipe']}`\n"
@@ -287,3 +303,17 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
     yield line(columns)
     yield line(["---"] * len(columns))
     yield from map(line, rows)
+
+
+_WRITERS: Mapping[str, Callable[[Path], Iterator[str]]] = {
+    "operators.md": _operators,
+    "mixers.md": _mixers,
+    "channels.md": _channels,
+    "tasks.md": _tasks,
+    "objectives.md": _objectives,
+    "transforms.md": _transforms,
+    "claims.md": _claims,
+    "speed.md": _speed,
+    "compression.md": _compression,
+}
+NAMES = tuple(_WRITERS)

@@ -9,15 +9,6 @@ import typer
 
 from seqmix.cli._terminal import Json, print_json, print_table, print_text, say, work
 
-FLOORS = [
-    "what",
-    "against",
-    "at least",
-    "measured",
-    "reached",
-    "what limits it (share of our time)",
-]
-
 
 def run(
     operators: Annotated[
@@ -36,6 +27,23 @@ def run(
     floors: Annotated[
         bool, typer.Option("--floors", help="Measure the speeds to reach instead: OUT/speed.json.")
     ] = False,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Servers of OpenAI's API to time instead, NAME=URL: OUT/serving.json.",
+            show_default=False,
+        ),
+    ] = None,
+    streams: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Requests to servers at once; 1, 8 and 32 by default.", show_default=False
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of their prompts, about; 128 by default.", show_default=False),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Short texts and few repeats: shows that it runs.")
     ] = False,
@@ -54,13 +62,21 @@ def run(
     length, with torch's attention, the references of transformers and mambapy where they are installed. After
     Ctrl-C the same command goes on.
 
-    Example: `seqmix bench linear_attention --dtype float32 --length 512 --length 2048`
+    With `--server`, the decoding of servers that already run is timed, each in turn.
+
+    Examples: `seqmix bench linear_attention --dtype float32 --length 512 --length 2048`,
+    `seqmix bench --server ours=http://127.0.0.1:8000/v1 --server theirs=http://127.0.0.1:8001/v1`
     """
     import torch
 
     from seqmix.measure.benchmark import Choice, measure_floors, measure_table
     from seqmix.measure.curves import LENGTHS
 
+    if server:
+        _time_servers(
+            server, streams or [1, 8, 32], prompt_tokens or [128], out / "serving.json", json
+        )
+        return
     if threads is not None:
         torch.set_num_threads(threads)
     options: dict[str, Any] = {"operators": operators, "forms": form, "cases": case}
@@ -88,6 +104,31 @@ def run(
         print_text("\n".join(summary_lines(record)))
         print_table(COLUMNS, [cells(row) for row in record["rows"]])
         say(f"Wrote {out / 'bench.json'} and {out / 'bench.html'}")
+
+
+def _time_servers(
+    servers: list[str], streams: list[int], prompt_tokens: list[int], out: Path, json: bool
+) -> None:
+    import json as encoding
+
+    from seqmix.core.files import write_text
+    from seqmix.data.text import read_text
+    from seqmix.measure.serving import Server, Workload, measure_servers
+    from seqmix.report.bench import SERVING_COLUMNS, serving_cells
+
+    workloads = [
+        Workload(streams=n, prompt_tokens=tokens) for tokens in prompt_tokens for n in streams
+    ]
+    named = [Server.parse(each) for each in servers]
+    text = "\n".join(read_text("austen").documents)
+    with work(resume="The same command measures again."):
+        record = measure_servers(named, workloads, text, say=say)
+    write_text(out, encoding.dumps(record, indent=1) + "\n")
+    if json:
+        print_json(record)
+    else:
+        print_table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
+        say(f"Wrote {out}")
 
 
 def disagreement(operator: Any, form: str) -> str | None:

@@ -247,17 +247,11 @@ class Backbone(nn.Module):
         """
         states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
         after = []
-        if self.scale != 1.0:
-            x = x * self.scale
         if self.positions is not None:
-            before = states.pop(0)
-            if tree is None:
-                x, new = self.positions(x, before, cu_seqlens=cu_seqlens)
-            else:
-                x, new = self.positions.read_tree(x, before, tree)
+            x, new = self.enter(x, states.pop(0), cu_seqlens=cu_seqlens, tree=tree)
             after.append(new)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
+        else:
+            x, _ = self.enter(x)
         for block, before in zip(self.blocks, states, strict=True):
             run = partial(block, cu_seqlens=cu_seqlens, tree=tree)
             if self.gradient_checkpointing and self.training:
@@ -265,7 +259,28 @@ class Backbone(nn.Module):
             else:
                 x, new = run(x, before)
             after.append(new)
-        return x if self.norm is None else self.norm(x), after
+        return self.leave(x), after
+
+    def enter(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        tree: Tree | None = None,
+    ) -> tuple[Tensor, State]:
+        """What the first block reads, of embedded tokens; the state is that of learned positions, if there are any."""
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.positions is not None and tree is None:
+            x, state = self.positions(x, state, cu_seqlens=cu_seqlens)
+        elif self.positions is not None:
+            x, state = self.positions.read_tree(x, state, tree)
+        return x if self.embedding_norm is None else self.embedding_norm(x), state
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Features, of what the last block wrote."""
+        return x if self.norm is None else self.norm(x)
 
     def initial_state(self, batch: int, like: Tensor) -> State:
         """The state before the first token."""

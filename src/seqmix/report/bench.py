@@ -13,6 +13,15 @@ PAGE_BYTES = 4096  # what takes less is drawn as this much, so that the axis can
 COLUMNS = ["operator", "case", "form", "pass", "dtype", "median ms", "ratio", "GFLOP/s"]
 COLUMNS += ["of a matmul", "quartiles (repeats)"]
 
+SERVING_COLUMNS = ["server", "streams", "prompt tokens", "new tokens", "first token, ms"]
+SERVING_COLUMNS += ["per token, ms", "tokens/s of all"]
+
+
+def serving_cells(row: Values) -> list[Any]:
+    """A row of `seqmix bench --server` as its cells."""
+    figures = [f"{row[name]:.3g}" for name in ("first_token_ms", "token_ms", "tokens_per_second")]
+    return [*(row[name] for name in ("server", "streams", "prompt_tokens", "new_tokens")), *figures]
+
 
 def render(record: Values) -> str:
     """The HTML page of the record that `seqmix bench` writes."""
