@@ -11,6 +11,7 @@ from seqmix.data.packing import IGNORED
 from seqmix.data.text import Corpus
 from seqmix.data.translations import chrf, read_messages
 from seqmix.generate import Beams, Constraint, FewShot, answer_texts
+from seqmix.generate.few_shot import nearest
 from seqmix.models.backbone import ModelSpec
 from seqmix.train.language import prepare
 
@@ -92,6 +93,13 @@ def test_a_training_row_learns_answers_alone(model_and_tokenizer):
     learnt = labels != IGNORED
     assert torch.equal(ids[learnt], labels[learnt])
     assert tokenizer.decode(labels[learnt]) == " a b\n c\n"
+
+
+def test_the_nearest_demonstrations_come_last():
+    pool = [("a red car", "1"), ("the blue house", "2"), ("a red cart", "3"), ("xyz", "4")]
+    assert nearest(pool, "A red car", 2) == [pool[2], pool[0]]
+    assert nearest(pool, "", 0) == []
+    assert sorted(nearest(pool, "?", 9)) == sorted(pool)
 
 
 # ---- sentences with mentions

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqmix.core.errors import RangeError
+from seqmix.core.errors import ConfigError, RangeError
 from seqmix.generate import Beams, Constraint, Planning, Sandbox
 from seqmix.generate._memory import Memory
 from seqmix.generate._method import Task
@@ -25,26 +25,26 @@ def model(request):
 
 
 def task(**options):
-    return Task(prompt=torch.tensor([[1, 2, 3]]), new_tokens=4, ends=frozenset([END]), **options)
+    return Task(prompt=torch.tensor([[1, 2, 3]]), new_tokens=3, ends=frozenset([END]), **options)
 
 
 def every_text():
-    """All that can be written in four tokens, of which the first END is the last."""
-    for ids in itertools.product(range(VOCABULARY), repeat=4):
-        cut = ids.index(END) + 1 if END in ids else 4
+    """All that can be written in three tokens, of which the first END is the last."""
+    for ids in itertools.product(range(VOCABULARY), repeat=3):
+        cut = ids.index(END) + 1 if END in ids else 3
         if all(token == 0 for token in ids[cut:]):
             yield list(ids[:cut])
 
 
 def worth(ids):
-    return ids.count(4) / 4
+    return ids.count(4) / 3
 
 
 def rare(model):
     """A reward that likes the token which the model likes least, but for END."""
     with torch.inference_mode():
         token = int(model(torch.tensor([[1, 2, 3]])).logits[0, -1, 1:].argmin()) + 1
-    return lambda ids: ids.count(token) / 4
+    return lambda ids: ids.count(token) / 3
 
 
 def search(model, method, asked, memory=None):
@@ -58,7 +58,7 @@ def search(model, method, asked, memory=None):
 def test_with_all_candidates_and_time_it_finds_every_text_once(model):
     found = search(model, Planning(reward=worth, rollouts=1000, candidates=VOCABULARY), task())
     assert sorted(each.text.ids for each in found) == sorted(every_text())
-    assert found[0].text.ids == [4, 4, 4, 4]
+    assert found[0].text.ids == [4, 4, 4]
     likelihoods = [(-each.reward, -each.text.log_probability) for each in found]
     assert likelihoods == sorted(likelihoods)
 
@@ -237,6 +237,16 @@ def test_the_process_ends_with_the_block():
         assert folder.exists()
     assert server.poll() is not None
     assert not folder.exists()
+    with pytest.raises(ConfigError, match="with"):
+        made.run("", ["1"])
+
+
+def test_an_end_of_the_process_is_told():
+    with Sandbox() as made:
+        made._server.kill()
+        made._server.wait()
+        with pytest.raises(ConfigError, match="process has ended"):
+            made.run("", ["1"])
 
 
 @pytest.mark.parametrize("limits", [{"seconds": 0.0}, {"memory": 1024}])

@@ -280,7 +280,7 @@ CLAIM = Claim(
     paper="arXiv:2509.00921",
     claimed="Sequence labelling as constrained generation of the labelled spans, fine-tuned on answers with "
     "demonstrations in the context, exceeds demonstrations alone and a token classifier on the same decoder without "
-    "its causal mask; the instruction can be left out. Here: a model of 135 M parameters, adapted by LoRA on a few "
+    "its causal mask; the instruction can be left out. Here: a model of 135 M parameters, adapted by LoRA on a "
     "hundred sentences of the Python documentation whose mentions of functions, methods, classes, modules and "
     "exceptions its authors have marked, where the paper takes models of 1 to 8 B and standard corpora.",
     where="abstract; the tables that compare ICL, SIFT and decoder-as-encoder; the study of instructions",
@@ -303,9 +303,9 @@ CLAIM = Claim(
         "data": "python_docs",
         "seed": 0,
         "demonstrations": 4,
-        "rows": 24,
+        "rows": 20,
         "row": 5,
-        "tests": 80,
+        "tests": 60,
         "rate": 1e-3,
         "rates of the classifier": [1e-3, 3e-3],
         "epochs of the classifier": 2,

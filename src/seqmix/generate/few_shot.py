@@ -13,7 +13,7 @@ Axes: N rows, T time.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,6 +77,27 @@ class FewShot:
             ids += query + answered + behind
             labels += [IGNORED] * len(query) + answered + [IGNORED] * len(behind)
         return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+
+
+def nearest(pool: Sequence[tuple[str, str]], text: str, count: int) -> list[tuple[str, str]]:
+    """The `count` demonstrations of `pool` whose texts are most alike to `text`, the most alike last.
+
+    Alike are texts that share runs of three characters: 2 common / (runs of both).
+    """
+    at_least("count", count, 0)
+    wanted = _runs(text)
+
+    def alike(pair: tuple[str, str]) -> float:
+        runs = _runs(pair[0])
+        return 2 * (runs & wanted).total() / max(1, runs.total() + wanted.total())
+
+    ranked = sorted(pool, key=alike)
+    return ranked[max(0, len(ranked) - count) :]
+
+
+def _runs(text: str) -> Counter[str]:
+    text = f"  {text.lower()}  "
+    return Counter(text[i : i + 3] for i in range(len(text) - 2))
 
 
 def answer_texts(

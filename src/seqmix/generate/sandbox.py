@@ -21,6 +21,7 @@ where it is gone. Run hostile programs in a container or a virtual machine. Linu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -38,7 +39,7 @@ SERVER = Path(__file__).parent / "_sandbox_server.py"
 class Sandbox:
     """Runs programs, each for at most `seconds` in at most `memory` bytes; a context manager.
 
-    Raises `RangeError` for limits in which no program can run.
+    Raises `RangeError` for limits in which no program can run, `ConfigError` where its process cannot run.
     """
 
     def __init__(self, *, seconds: float = 2.0, memory: int = 256 << 20) -> None:
@@ -47,6 +48,7 @@ class Sandbox:
         self.seconds = seconds
         self.memory = memory
         self.has_own_network = False
+        self._server: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Sandbox:
         self._folder = tempfile.TemporaryDirectory()
@@ -69,20 +71,26 @@ class Sandbox:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        assert self._server is not None
         self._server.kill()
         self._server.communicate()
+        self._server = None
         self._folder.cleanup()
 
     def run(self, program: str, expressions: Sequence[str]) -> list[str | None]:
         """The `repr` of each expression's value after the program, None where it fails or is not reached in time."""
+        if self._server is None:
+            raise ConfigError("Sandbox: it runs programs inside a `with` block only.")
         assert self._server.stdin is not None
         asked = [program, list(expressions), self.seconds, self.memory]
-        self._server.stdin.write(json.dumps(asked) + "\n")
-        self._server.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self._server.stdin.write(json.dumps(asked) + "\n")
+            self._server.stdin.flush()
         found: list[str | None] = json.loads(self._line())
         return found
 
     def _line(self) -> str:
+        assert self._server is not None
         assert self._server.stdout is not None
         if line := self._server.stdout.readline():
             return line
