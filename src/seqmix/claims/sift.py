@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
 from seqmix.claims._finetuning import pretrained, tune
 from seqmix.data.mentions import KINDS, MOST, Sentence, f1, read_sentences
-from seqmix.data.packing import IGNORED
 from seqmix.data.text import read_text, split_text
 
 INSTRUCTION = (
@@ -170,9 +169,7 @@ def classified(run: Run, rate: float) -> Answers:
     )
 
     def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(
-            word_logits(model, batch), batch["labels"][batch["labels"] != IGNORED]
-        )
+        return F.cross_entropy(word_logits(model, batch), batch["labels"])
 
     train_loop(model, lambda index: batches[index % len(batches)], plan, loss=loss)
     model.eval()
@@ -186,25 +183,28 @@ def classified(run: Run, rate: float) -> Answers:
 
 
 def word_batch(tokenizer: Any, some: list[Sentence]) -> dict[str, Tensor]:
-    """Sentences padded behind; the last token of every word has its label."""
-    rows = []
-    for one in some:
+    """Sentences padded behind; for every word the place of the token that ends it, and its label."""
+    ids, places, labels = [], [], []
+    for row, one in enumerate(some):
         encoded = tokenizer(one.text, return_offsets_mapping=True, add_special_tokens=False)
         ends = [end for _, end in encoded["offset_mapping"]]
-        labels, place = [IGNORED] * len(ends), 0
+        ids.append(encoded["input_ids"])
+        behind = 0
         for word, label in zip(one.words, one.labels, strict=True):
-            place = one.text.index(word, place) + len(word)
-            token = next(number for number, end in enumerate(ends) if end >= place)
-            labels[token] = LABELS.index(label)
-        rows.append((encoded["input_ids"], labels))
-    length = max(len(ids) for ids, _ in rows)
-    batch = {"input_ids": torch.zeros(len(rows), length, dtype=torch.long)}
-    batch["labels"] = torch.full((len(rows), length), IGNORED)
-    batch["lengths"] = torch.tensor([len(ids) for ids, _ in rows])
-    for row, (ids, labels) in enumerate(rows):
-        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-        batch["labels"][row, : len(ids)] = torch.tensor(labels)
-    return batch
+            behind = one.text.index(word, behind) + len(word)
+            token = next(number for number, end in enumerate(ends) if end >= behind)
+            places.append((row, token))
+            labels.append(LABELS.index(label))
+    lengths = torch.tensor([len(each) for each in ids])
+    padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+    for row, each in enumerate(ids):
+        padded[row, : len(each)] = torch.tensor(each)
+    return {
+        "input_ids": padded,
+        "lengths": lengths,
+        "places": torch.tensor(places),
+        "labels": torch.tensor(labels),
+    }
 
 
 def word_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -212,11 +212,12 @@ def word_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     ids = batch["input_ids"]
     seen = torch.arange(ids.shape[1]) < batch["lengths"].unsqueeze(1)
     lowest = torch.finfo(model.dtype).min
-    mask = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1]).masked_fill(
-        ~seen[:, None, None, :], lowest
-    )
+    mask = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1])
+    mask = mask.masked_fill(~seen[:, None, None, :], lowest)
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1)
-    return model.words(output.hidden_states[-1][batch["labels"] != IGNORED])
+    rows, tokens = batch["places"].unbind(1)
+    logits: Tensor = model.words(output.hidden_states[-1][rows, tokens])
+    return logits
 
 
 # ---- the statements
