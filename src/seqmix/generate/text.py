@@ -15,6 +15,7 @@ from seqmix.generate._reader import reader_of
 from seqmix.generate.beams import Beams
 from seqmix.generate.constrained import Language
 from seqmix.generate.diverse_beams import DiverseBeams
+from seqmix.generate.planning import Planning
 from seqmix.generate.sampling import GREEDY, Sampling
 from seqmix.models.pretrained import load_language_model
 
@@ -104,8 +105,8 @@ def generate_texts(
     Arguments and errors are those of `generate`.
     """
     method = method or GREEDY
-    if stream is not None and (texts > 1 or isinstance(method, Beams | DiverseBeams)):
-        raise RangeError("stream: only a single text without beams can be shown before its end.")
+    if stream is not None and (texts > 1 or isinstance(method, Beams | DiverseBeams | Planning)):
+        raise RangeError("stream: only a single text without a search can be shown before its end.")
     if not all(stop):
         raise RangeError("stop: an empty string ends every text. Leave it out.")
     if isinstance(model, str | Path):
