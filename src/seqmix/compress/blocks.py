@@ -19,13 +19,13 @@ from seqmix.models.hf import SeqmixForCausalLM
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Transform):
     quick: ClassVar = {"remove": 0.5, "tokens": 64}
+    amount: ClassVar = "remove"
 
     remove: float = 0.25  # share of the blocks
-    tokens: int = 256  # of the calibration text
-    shortlist: int | None = None  # candidates tried from the second step on; all if none
+    tokens: int = 512  # of the calibration text
 
     def __post_init__(self) -> None:
-        check("blocks", self.remove, self.tokens, self.shortlist)
+        check("blocks", self.remove, self.tokens)
 
     def fit(self, model: SeqmixForCausalLM, data: Calibration, work: Work) -> SeqmixForCausalLM:
         blocks = whole_blocks(model)
@@ -35,7 +35,7 @@ class Blocks(Transform):
             round(self.remove * len(blocks)),
             data.first(self.tokens).to(model.device),
             work,
-            shortlist=self.shortlist,
+            power=0.0,
         )
         work.notes["removed"] = [
             {"block": places[0][0], "change": change} for places, change in gone
@@ -43,9 +43,7 @@ class Blocks(Transform):
         return cut(model, {place: () for places, _ in gone for place in places})
 
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
-        return greedy_needs(
-            model, len(whole_blocks(model)), self.remove, self.tokens, self.shortlist
-        )
+        return greedy_needs(model, len(whole_blocks(model)), self.remove, self.tokens)
 
 
 def whole_blocks(model: SeqmixForCausalLM) -> list[list[Place]]:
