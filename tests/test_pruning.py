@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from seqmix.compress import TRANSFORMS, Calibration, Work, axformer
+from seqmix.compress._cut import cut
 from seqmix.compress._greedy import divergence
 from seqmix.compress._structure import (
-    cut,
     flops_per_unit,
     masked,
     parameters_per_unit,

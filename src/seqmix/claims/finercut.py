@@ -107,7 +107,7 @@ def factorised(
 
 
 def prefill(model: Any, removed: list[dict[str, Any]], held_out: Tensor) -> dict[str, float]:
-    from seqmix.compress._structure import cut
+    from seqmix.compress._cut import cut
 
     small = cut(model, {(row["block"], row["part"]): () for row in removed})
     ids = held_out[:1]

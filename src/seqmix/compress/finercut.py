@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from seqmix.compress._cut import cut
 from seqmix.compress._greedy import remove_greedily
-from seqmix.compress._structure import cut, sublayers
+from seqmix.compress._structure import sublayers
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError
 from seqmix.models.hf import SeqmixForCausalLM
