@@ -118,6 +118,32 @@ def test_domination_counts_every_metric():
     assert dominates(shown[1], shown[0], ["zero_shot"])
 
 
+def test_each_method_is_set_beside_the_combinations_on_the_frontier(monkeypatch):
+    monkeypatch.setattr(
+        frontier, "SPACE", {"blocks": ("blocks:0.1", "blocks:0.2"), "int8": ("int8",)}
+    )
+    rows = [
+        Trial("blocks(remove=0.1)", {"latency": 0.9, "loss": 1.1}),
+        Trial("blocks(remove=0.2)", {"latency": 0.8, "loss": 1.2}),
+        Trial("int8", {"latency": 0.95, "loss": 1.0}),
+        Trial("blocks | int8", {"latency": 0.85, "loss": 1.15}),
+        Trial("slice | int8", {"latency": 0.7, "loss": 1.2}),
+        Trial("slice", {"latency": 0.7, "loss": 1.1}),
+        Trial("recover | int8", {}, failed="no"),
+    ]
+    found = Trials(rows, ["latency", "loss"], "int8").methods()
+    assert [row["dominated by"] for row in found] == [None, None, None]  # by `slice`, which is one
+    found = Trials(rows[:5], ["latency", "loss"], "int8").methods()
+    assert [(row["recipe"], row["dominated by"]) for row in found] == [
+        ("blocks(remove=0.1)", None),
+        ("blocks(remove=0.2)", "slice | int8"),
+        ("int8", None),
+    ]
+    chosen = frontier.first_trials()
+    assert chosen[:3] == [{"blocks": "blocks:0.1"}, {"blocks": "blocks:0.2"}, {"int8": "int8"}]
+    assert chosen[3:] == [{"blocks": "blocks:0.1", "int8": "int8"}]
+
+
 def test_what_cannot_be_is_refused(trained, tmp_path):
     with pytest.raises(ConfigError, match="either a recipe or a budget"):
         run(trained, tmp_path / "x")

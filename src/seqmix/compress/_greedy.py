@@ -4,9 +4,9 @@
     price = (change with the candidate gone as well - change so far) / (parameters of the candidate)^power
 
 between the next-token distributions p of the whole model and q of the pruned one. What goes into every block is kept,
-so that a candidate costs only the blocks from its own on. A candidate's last price is taken as the least that it can
-cost now, since the damage of a removal hardly ever shrinks when more is gone: only those that look cheapest are
-measured again, until one that was measured in this step is the cheapest (Minoux 1978's accelerated greedy).
+so that a candidate costs only the blocks from its own on. Every step measures the candidates in blocks beside those
+that went last, whose prices change most; of the others, those that looked cheapest when last measured, until the
+cheapest of all is one measured in this step (the accelerated greedy of Minoux 1978).
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ ROWS = 16  # tokens whose distributions are compared at a time, so that they sta
 def remove_greedily(
     model: SeqmixForCausalLM,
     candidates: Sequence[Sequence[Place]],
+    counts: Sequence[int],
     number: int,
     ids: Tensor,
     work: Work,
     *,
     power: float,
 ) -> list[tuple[Sequence[Place], float]]:
-    """`number` of the candidates, in the order in which they went, each with the change of the output after it.
+    """Candidates in the order in which they went, each with the change of the output after it.
 
-    Each candidate is the sublayers that go together. The order does not depend on `number`.
+    A candidate is the sublayers that go together, and several may share some. Each has its count, and those that went
+    count `number` in all. What `work` remembers holds for every `number`.
     """
     inside = language_model(model)
     was_training = model.training
@@ -52,18 +54,36 @@ def remove_greedily(
         ]
         prices = dict.fromkeys(range(len(candidates)), -math.inf)
         gone: list[tuple[Sequence[Place], float]] = []
-        for step in work.track(range(number), "pruning"):
+        left = number
+        bar = iter(work.track(range(number), "pruning"))
+        while prices := {i: price for i, price in prices.items() if counts[i] <= left}:
             so_far = gone[-1][1] if gone else 0.0
             search = partial(_cheapest, model, candidates, sizes, prices, gone, ids, target, power)
-            measured = {int(i): change for i, change in work.remember(f"step {step}", search)}
+            name = f"step {len(gone)}, {min(left, max(counts))} left"
+            measured = {int(i): change for i, change in work.remember(name, search)}
             for i, change in measured.items():
                 prices[i] = (change - so_far) / sizes[i] ** power
             best = min(measured, key=prices.__getitem__)
             gone.append((candidates[best], measured[best]))
-            del prices[best]
+            left -= counts[best]
+            prices = _after(prices, candidates, candidates[best])
+            for _ in range(counts[best]):
+                next(bar)
         return gone
     finally:
         model.train(was_training)
+
+
+def _after(
+    prices: dict[int, float], candidates: Sequence[Sequence[Place]], gone: Sequence[Place]
+) -> dict[int, float]:
+    """The prices of what can still go; unknown for what stands in a block of those gone, or in the next to it."""
+    near = {block + step for block, _ in gone for step in (-1, 0, 1)}
+    return {
+        i: -math.inf if near & {block for block, _ in candidates[i]} else price
+        for i, price in prices.items()
+        if not set(gone) & set(candidates[i])
+    }
 
 
 def _cheapest(

@@ -11,9 +11,8 @@ from typing import ClassVar
 
 from seqmix.compress._cut import cut
 from seqmix.compress._greedy import remove_greedily
-from seqmix.compress._structure import Place, sublayers
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
-from seqmix.compress.finercut import check, greedy_needs
+from seqmix.compress.finercut import check, greedy_needs, whole_blocks
 from seqmix.models.hf import SeqmixForCausalLM
 
 
@@ -33,6 +32,7 @@ class Blocks(Transform):
         gone = remove_greedily(
             model,
             blocks,
+            [1] * len(blocks),
             round(self.remove * len(blocks)),
             data.first(self.tokens).to(model.device),
             work,
@@ -44,15 +44,8 @@ class Blocks(Transform):
         return cut(model, {place: () for places, _ in gone for place in places})
 
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
-        return greedy_needs(model, len(whole_blocks(model)), self.remove, self.tokens)
-
-
-def whole_blocks(model: SeqmixForCausalLM) -> list[list[Place]]:
-    """The sublayers of every block that still has some."""
-    found: dict[int, list[Place]] = {}
-    for place in sublayers(model):
-        found.setdefault(place[0], []).append(place)
-    return list(found.values())
+        blocks = len(whole_blocks(model))
+        return greedy_needs(model, blocks, round(self.remove * blocks), self.tokens)
 
 
 TRANSFORM = Blocks

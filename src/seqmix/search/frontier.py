@@ -41,11 +41,11 @@ MORE_IS_BETTER = ("zero_shot", "passkey")
 # In the order in which they are applied, since later ones replace what earlier ones want to see. They look at less text
 # than by default: a search tries many.
 SPACE: Mapping[str, Sequence[str]] = {
-    "finercut": ("finercut:0.1(tokens=256)", "finercut:0.2(tokens=256)"),
-    "blocks": ("blocks:0.1(tokens=256)", "blocks:0.2(tokens=256)"),
-    "slice": ("slice:0.1(tokens=2048)", "slice:0.2(tokens=2048)"),
-    "low_rank": ("low_rank:0.1(tokens=1024)", "low_rank:0.25(tokens=1024)"),
-    "recover": ("recover:4096(distillation=0.0)", "recover:16384(distillation=0.0)"),
+    "finercut": tuple(f"finercut:{share}(tokens=128)" for share in (0.1, 0.2)),
+    "blocks": tuple(f"blocks:{share}(tokens=128)" for share in (0.1, 0.2)),
+    "slice": tuple(f"slice:{share}(tokens=1024)" for share in (0.1, 0.2)),
+    "low_rank": tuple(f"low_rank:{share}(tokens=1024)" for share in (0.1, 0.25)),
+    "recover": tuple(f"recover:{tokens}(distillation=0.0)" for tokens in (2048, 8192)),
     "int8": ("int8",),
 }
 LAST = ("recover", "int8")  # go with all others, and make up for what these lose
@@ -182,7 +182,8 @@ def tried(bench: Workbench, recipe: str, limits: Sequence[Term]) -> Trial:
     sizes = footprints(
         {"original": original.model.model, "made": made.model.model},
         context=bench.settings.context,
-        seconds=2.0,
+        seconds=4.0,
+        rounds=20,
         times=[FIGURES.get(term.metric, term.metric) for term in limits],
     )
     first = {**original.record["quality"], **sizes["original"]}
