@@ -1,10 +1,10 @@
 """FinerCut: single mixers and channel mixers go, those first whose removal changes the output distribution least.
 
-Zhang et al. 2024 (arXiv:2405.18218), section 3: greedy over single sublayers, no retraining. Of the paper's measures of
-change this is the Jensen-Shannon divergence of the predictions. Two things are not the paper's: the change counts per
-parameter that goes, where the paper compares changes as they are (power=0), so that small sublayers go first; and both
-sublayers of a block may go in one step, since together they often change less than the sum of the two, which a greedy
-search of single ones cannot see.
+Zhang et al. 2024 (arXiv:2405.18218), section 3: greedy over single sublayers, no retraining. Three things are not the
+paper's. The change is a Kullback-Leibler divergence, which follows the loss more closely than the Jensen-Shannon
+divergence that the paper tries among others. It counts per parameter that goes, where the paper compares changes as
+they are (power=0), so that small sublayers go first. And both sublayers of a block may go in one step, since together
+they often change less than the sum of the two, which a greedy search of single ones cannot see.
 """
 
 from __future__ import annotations

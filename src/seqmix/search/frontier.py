@@ -41,8 +41,8 @@ MORE_IS_BETTER = ("zero_shot", "passkey")
 # In the order in which they are applied, since later ones replace what earlier ones want to see. They look at less text
 # than by default: a search tries many.
 SPACE: Mapping[str, Sequence[str]] = {
-    "finercut": tuple(f"finercut:{share}(tokens=128)" for share in (0.1, 0.2)),
-    "blocks": tuple(f"blocks:{share}(tokens=128)" for share in (0.1, 0.2)),
+    "finercut": tuple(f"finercut:{share}(tokens=256)" for share in (0.1, 0.2)),
+    "blocks": tuple(f"blocks:{share}(tokens=256)" for share in (0.1, 0.2)),
     "slice": tuple(f"slice:{share}(tokens=1024)" for share in (0.1, 0.2)),
     "low_rank": tuple(f"low_rank:{share}(tokens=1024)" for share in (0.1, 0.25)),
     "recover": tuple(f"recover:{tokens}(distillation=0.0)" for tokens in (2048, 8192)),
