@@ -1,13 +1,14 @@
 """Compressing as a user does it: one call to a checkpoint and a report, by recipe or budget, stopped and gone on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import seqmix
-from seqmix.cli import main
+from seqmix.cli import _pages, main
 from seqmix.compress import TRANSFORMS, Calibration, Work, parse_recipe, write_recipe
 from seqmix.core.errors import BudgetError, CheckpointError, ConfigError, UnknownName
 from seqmix.core.files import OutputError
@@ -102,6 +103,10 @@ def test_a_budget_gives_a_frontier(trained, tmp_path, monkeypatch):
     chosen = next(t for t in found["trials"] if t["recipe"] == made.recipe)
     assert chosen["excess"] == min(t["excess"] for t in found["trials"])
     assert {row["method"] for row in found["methods"]} == set(space)
+    shutil.copy(tmp_path / "found" / "result.json", tmp_path / "found.json")
+    page = "\n".join(_pages._compression(tmp_path))  # no passkey was measured
+    assert page.count("yes") == len(found["frontier"])
+    assert "| `int8` |" in page
 
 
 def test_domination_counts_every_metric():
