@@ -24,7 +24,6 @@ TEXTS = [
 ] + [path for path in sorted(ROOT.iterdir()) if path.is_file() and path.name.endswith(ENDINGS)]
 LONG_FILES: dict[str, str] = {  # file -> why it is longer than 400 lines
     "src/seqmix/testing/operators.py": "every law of operators, in one place to read",
-    "src/seqmix/compress/_structure.py": "every way to cut a model, mixer by mixer, in one place to read",
 }
 
 

@@ -1,7 +1,7 @@
 """Greedy removal of sublayers: at every step the candidate goes whose removal costs the output distribution least.
 
     change = mean over tokens of KL(p || q) = sum p (log p - log q)
-    price = (change with the candidate gone as well - change so far) / (parameters of the candidate)^power
+    price = (change with the candidate gone as well - change so far) / (numbers stored with the candidate)^power
 
 between the next-token distributions p of the whole model and q of the pruned one: what its loss would rise by on text
 that the whole model writes. What goes into every block is kept, so that a candidate costs only the blocks from its own
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqmix.compress._activations import first_inputs
 from seqmix.compress._structure import Place, language_model, sublayer, without
@@ -49,10 +49,7 @@ def remove_greedily(
     model.eval()
     try:
         target = _distribution(inside, first_inputs(inside, ids), 0)
-        sizes = [
-            sum(p.numel() for place in places for p in sublayer(model, place).parameters())
-            for places in candidates
-        ]
+        sizes = [sum(_numbers(sublayer(model, place)) for place in places) for places in candidates]
         gone: list[tuple[Sequence[Place], float]] = []
         unknown = dict.fromkeys(range(len(candidates)), -math.inf)
         look = partial(
@@ -78,6 +75,11 @@ def remove_greedily(
         return gone
     finally:
         model.train(was_training)
+
+
+def _numbers(module: nn.Module) -> int:
+    """How many numbers are stored with a sublayer: parameters, or the buffers of layers kept in another way."""
+    return max(1, sum(tensor.numel() for tensor in module.state_dict().values()))
 
 
 def _after(
