@@ -25,7 +25,6 @@ TEXTS = [
 LONG_FILES: dict[str, str] = {  # file -> why it is longer than 400 lines
     "src/seqmix/testing/operators.py": "every law of operators, in one place to read",
     "src/seqmix/testing/mixers.py": "every law of mixers, in one place to read",
-    "src/seqmix/compress/_structure.py": "every way to cut a model, mixer by mixer, in one place to read",
 }
 
 

@@ -1,13 +1,14 @@
 """Compressing as a user does it: one call to a checkpoint and a report, by recipe or budget, stopped and gone on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import seqmix
-from seqmix.cli import main
+from seqmix.cli import _pages, main
 from seqmix.compress import TRANSFORMS, Calibration, Work, parse_recipe, write_recipe
 from seqmix.core.errors import BudgetError, CheckpointError, ConfigError, UnknownName
 from seqmix.core.files import OutputError
@@ -101,7 +102,11 @@ def test_a_budget_gives_a_frontier(trained, tmp_path, monkeypatch):
     assert found["chosen"] == made.recipe
     chosen = next(t for t in found["trials"] if t["recipe"] == made.recipe)
     assert chosen["excess"] == min(t["excess"] for t in found["trials"])
-    assert set(found["dominated methods"]) == set(space)
+    assert {row["method"] for row in found["methods"]} == set(space)
+    shutil.copy(tmp_path / "found" / "result.json", tmp_path / "found.json")
+    page = "\n".join(_pages._compression(tmp_path))  # no passkey was measured
+    assert page.count("yes") == len(found["frontier"])
+    assert "| `int8` |" in page
 
 
 def test_domination_counts_every_metric():
@@ -116,6 +121,32 @@ def test_domination_counts_every_metric():
     assert [t.recipe for t in Trials(rows, metrics, "low").frontier()] == ["low", "good"]
     shown = [Trial("a", {"zero_shot": 0.9}), Trial("b", {"zero_shot": 1.0})]
     assert dominates(shown[1], shown[0], ["zero_shot"])
+
+
+def test_each_method_is_set_beside_the_combinations_on_the_frontier(monkeypatch):
+    monkeypatch.setattr(
+        frontier, "SPACE", {"blocks": ("blocks:0.1", "blocks:0.2"), "int8": ("int8",)}
+    )
+    rows = [
+        Trial("blocks(remove=0.1)", {"latency": 0.9, "loss": 1.1}),
+        Trial("blocks(remove=0.2)", {"latency": 0.8, "loss": 1.2}),
+        Trial("int8", {"latency": 0.95, "loss": 1.0}),
+        Trial("blocks | int8", {"latency": 0.85, "loss": 1.15}),
+        Trial("slice | int8", {"latency": 0.7, "loss": 1.2}),
+        Trial("slice", {"latency": 0.7, "loss": 1.1}),
+        Trial("recover | int8", {}, failed="no"),
+    ]
+    found = Trials(rows, ["latency", "loss"], "int8").methods()
+    assert [row["dominated by"] for row in found] == [None, None, None]  # by `slice`, which is one
+    found = Trials(rows[:5], ["latency", "loss"], "int8").methods()
+    assert [(row["recipe"], row["dominated by"]) for row in found] == [
+        ("blocks(remove=0.1)", None),
+        ("blocks(remove=0.2)", "slice | int8"),
+        ("int8", None),
+    ]
+    chosen = frontier.first_trials()
+    assert chosen[:3] == [{"blocks": "blocks:0.1"}, {"blocks": "blocks:0.2"}, {"int8": "int8"}]
+    assert chosen[3:] == [{"blocks": "blocks:0.1", "int8": "int8"}]
 
 
 def test_what_cannot_be_is_refused(trained, tmp_path):

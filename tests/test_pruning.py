@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from seqmix.compress import TRANSFORMS, Calibration, Work, axformer
+from seqmix.compress._cut import cut
+from seqmix.compress._greedy import divergence
 from seqmix.compress._structure import (
-    cut,
     flops_per_unit,
     masked,
     parameters_per_unit,
@@ -160,7 +161,7 @@ def test_finercut_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     whole = Work()
     transform.fit(model, data, whole)
     calls = []
-    measure = greedy._changes
+    measure = greedy._cheapest
 
     def stop(*arguments):
         calls.append(1)
@@ -168,13 +169,53 @@ def test_finercut_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(greedy, "_changes", stop)
+    monkeypatch.setattr(greedy, "_cheapest", stop)
     with pytest.raises(KeyboardInterrupt):
         transform.fit(model, data, Work(folder=tmp_path))
     work = Work(folder=tmp_path)
     transform.fit(model, data, work)
     assert work.notes == whole.notes
-    assert len(calls) == 4  # two, and then steps two and three
+    assert len(calls) == 5  # two, and then three steps
+
+
+def test_finercut_reuses_what_another_amount_has_measured(tmp_path, monkeypatch):
+    from seqmix.compress import _greedy as greedy
+
+    model, data, kind = small("3x[attention]"), text(), TRANSFORMS.get("finercut")
+    kind(remove=0.34).fit(model, data, Work(folder=tmp_path))
+    calls, measure = [], greedy._cheapest
+    monkeypatch.setattr(greedy, "_cheapest", lambda *given: calls.append(1) or measure(*given))
+    more, alone = Work(folder=tmp_path), Work()
+    kind(remove=0.5).fit(model, data, more)
+    assert len(calls) == 2  # of three steps
+    kind(remove=0.5).fit(model, data, alone)
+    assert more.notes == alone.notes
+    assert kind(remove=0.5).whatever_amount == kind(remove=0.34).whatever_amount
+    assert kind(remove=0.5).whatever_amount != kind(remove=0.5, tokens=8).whatever_amount
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_finercut_takes_the_cheapest_of_all_candidates(power):
+    """The order that trying every candidate at every step gives; of two blocks, each is beside the other."""
+    model, data = small("2x[attention]"), text(rows=1)
+    work, gone = Work(), []
+    TRANSFORMS.get("finercut")(remove=0.75, power=power).fit(model, data, work)
+    whole, so_far = logits(model, data.windows).log_softmax(-1), 0.0
+    while left := 3 - len(gone):
+        places = [place for place in sublayers(model) if place not in gone]
+        pairs = [[(n, "mixer"), (n, "channel")] for n in range(2)]
+        candidates = [[place] for place in places] + [p for p in pairs if not set(p) & set(gone)]
+        prices, changes = [], []
+        for some in candidates:
+            made = cut(model, dict.fromkeys([*gone, *some], ()))
+            changes.append(divergence(whole, logits(made, data.windows).log_softmax(-1)))
+            size = sum(p.numel() for q in some for p in sublayer(model, q).parameters())
+            price = (changes[-1] - so_far) / size**power
+            prices.append(price if len(some) <= left else float("inf"))
+        best = prices.index(min(prices))
+        gone += candidates[best]
+        so_far = changes[best]
+    assert [(r["block"], r["part"]) for r in work.notes["removed"]] == gone
 
 
 def test_blocks_takes_the_useless_block():

@@ -143,8 +143,8 @@ def calibration(passages: Passages, rows: int, *, seed: int = 0) -> Any:
 
 def by_magnitude(model: Any, remove: float, length: int) -> Any:
     """The model without its smallest units, at a share of the blocks' operations that is at least `remove`."""
+    from seqmix.compress._cut import cut
     from seqmix.compress._structure import (
-        cut,
         flops_per_unit,
         keep_best,
         language_model,

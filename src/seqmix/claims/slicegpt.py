@@ -120,9 +120,9 @@ def rival(
     if name == "blocks":
         blocks, length = model.model.backbone.blocks, held_out.shape[1]
         each = blocks[0].cost(length).flops / length
-        options = {"tokens": run["tokens for blocks"], "shortlist": run["shortlist"]}
         share = saved // each / len(blocks)
-        made, notes = fit(name, model, calibration, remove=share, **options)
+        tokens = run["tokens for blocks"]
+        made, notes = fit(name, model, calibration, remove=share, tokens=tokens)
         removed = [row["block"] for row in notes["removed"]]
         return quality(made, held_out) | {"blocks removed": removed}
     weights = sum(p.numel() for p in model.model.backbone.parameters() if p.ndim == 2)
@@ -224,7 +224,6 @@ CLAIM = Claim(
         "length": 64,
         "tokens": 512,
         "tokens for blocks": 64,
-        "shortlist": None,
         "remove": 0.25,
         "rounds": 3,
     },
@@ -235,7 +234,6 @@ CLAIM = Claim(
         "windows": 16,
         "tokens": 2048,
         "tokens for blocks": 128,
-        "shortlist": 10,
         "remove": 0.25,
         "rounds": 7,
     },

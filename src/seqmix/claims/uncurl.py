@@ -118,7 +118,7 @@ def merged(run: Run, model: Any, domain: Domain, factor: float) -> Any:
 def dropped(run: Run, model: Any, domain: Domain, left: int) -> Any:
     """Only the experts that most tokens of the domain choose stay: the paper's naive baseline."""
     from seqmix.compress import TRANSFORMS, Work
-    from seqmix.compress._structure import cut
+    from seqmix.compress._cut import cut
 
     work = Work()
     tokens = run["rows"] * run["length"]

@@ -263,15 +263,16 @@ def _compression(docs: Path) -> Iterator[str]:
         record = json.loads(path.read_text())
         arguments, machine = record["arguments"], record["machine"]
         yield f"\n## {path.stem}\n\n{arguments['model']}, {arguments['data']}: `{record['recipe']}`\n"
+        known = [name for name in FIGURES if name in record["steps"][0]["figures"]]
         rows = []
         for step in record["steps"]:
             shares, figures = step["relative"], step["figures"]
             cells = [
                 f"{figures[name]:.4g}" + (f" ({shares[name]:.3f}x)" if name in shares else "")
-                for name in FIGURES
+                for name in known
             ]
             rows.append([step["recipe"].rpartition("|")[2].strip() or "original", *cells])
-        yield from _table(["after", *(name.replace("_", " ") for name in FIGURES)], rows)
+        yield from _table(["after", *(name.replace("_", " ") for name in known)], rows)
         if found := record["frontier"]:
             metrics = found["metrics"]
             yield f"\nSearched for `{arguments['budget']}` in {arguments['trials']} trials:\n"
@@ -287,9 +288,17 @@ def _compression(docs: Path) -> Iterator[str]:
                     for trial in sorted(worked, key=lambda trial: trial["relative"][metrics[0]])
                 ],
             )
-            yield "\nMethods that a combination beats in every metric at one of their strengths:\n"
-            rows = [[m, f"`{r}`" if r else "none"] for m, r in found["dominated methods"].items()]
-            yield from _table(["method", "beaten by"], rows)
+            yield "\nEach method alone, and a combination on the frontier that is no worse in any metric:\n"
+            yield from _table(
+                ["method alone", "beaten by"],
+                [
+                    [
+                        f"`{row['recipe']}`",
+                        f"`{row['dominated by']}`" if row["dominated by"] else "none",
+                    ]
+                    for row in found["methods"]
+                ],
+            )
         yield (
             f"\n{machine['cpu']}, {machine['threads']} threads, kernels for {machine['instruction_set']}, commit "
             f"{machine['commit']}.\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -141,10 +141,12 @@ class Transform(Config, ABC):
     """One way to make a model cheaper. The fields are its options; `NAME:VALUE` in a recipe sets the first.
 
     `quick` are options under which the laws of `seqmix.testing` try it on small models. `grows` says why a model may
-    take more room afterwards, where it may.
+    take more room afterwards, where it may. `amount` names the option of how much goes, where what `fit` remembers
+    holds for every amount.
     """
 
     quick: ClassVar[Mapping[str, Any]] = {}
+    amount: ClassVar[str | None] = None
     grows: ClassVar[str | None] = None
 
     @abstractmethod
@@ -154,6 +156,13 @@ class Transform(Config, ABC):
     @abstractmethod
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
         """What `fit` will take, said before it starts."""
+
+    @property
+    def whatever_amount(self) -> Self:
+        """This transform with the amount left at its default: the same for all that can share what they remember."""
+        if self.amount is None:
+            return self
+        return replace(self, **{self.amount: getattr(type(self)(), self.amount)})
 
     @property
     def name(self) -> str:

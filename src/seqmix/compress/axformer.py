@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqmix.compress._activations import first_inputs, predictions, through
+from seqmix.compress._cut import M, cut
 from seqmix.compress._structure import (
-    M,
     Place,
-    cut,
     language_model,
     masked,
     sublayer,

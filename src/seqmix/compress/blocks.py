@@ -9,33 +9,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from seqmix.compress._cut import cut
 from seqmix.compress._greedy import remove_greedily
-from seqmix.compress._structure import Place, cut, sublayers
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
-from seqmix.compress.finercut import check, greedy_needs
+from seqmix.compress.finercut import check, greedy_needs, whole_blocks
 from seqmix.models.hf import SeqmixForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Transform):
     quick: ClassVar = {"remove": 0.5, "tokens": 64}
+    amount: ClassVar = "remove"
 
     remove: float = 0.25  # share of the blocks
-    tokens: int = 256  # of the calibration text
-    shortlist: int | None = None  # candidates tried from the second step on; all if none
+    tokens: int = 512  # of the calibration text
 
     def __post_init__(self) -> None:
-        check("blocks", self.remove, self.tokens, self.shortlist)
+        check("blocks", self.remove, self.tokens)
 
     def fit(self, model: SeqmixForCausalLM, data: Calibration, work: Work) -> SeqmixForCausalLM:
         blocks = whole_blocks(model)
         gone = remove_greedily(
             model,
             blocks,
+            [1] * len(blocks),
             round(self.remove * len(blocks)),
             data.first(self.tokens).to(model.device),
             work,
-            shortlist=self.shortlist,
+            power=0.0,
         )
         work.notes["removed"] = [
             {"block": places[0][0], "change": change} for places, change in gone
@@ -43,17 +44,8 @@ class Blocks(Transform):
         return cut(model, {place: () for places, _ in gone for place in places})
 
     def needs(self, model: SeqmixForCausalLM, data: Calibration) -> Needs:
-        return greedy_needs(
-            model, len(whole_blocks(model)), self.remove, self.tokens, self.shortlist
-        )
-
-
-def whole_blocks(model: SeqmixForCausalLM) -> list[list[Place]]:
-    """The sublayers of every block that still has some."""
-    found: dict[int, list[Place]] = {}
-    for place in sublayers(model):
-        found.setdefault(place[0], []).append(place)
-    return list(found.values())
+        blocks = len(whole_blocks(model))
+        return greedy_needs(model, blocks, round(self.remove * blocks), self.tokens)
 
 
 TRANSFORM = Blocks

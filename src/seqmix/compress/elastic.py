@@ -20,15 +20,8 @@ import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
 
-from seqmix.compress._structure import (
-    Place,
-    cut,
-    select_units,
-    sublayer,
-    sublayers,
-    units_of,
-    without,
-)
+from seqmix.compress._cut import cut, select_units
+from seqmix.compress._structure import Place, sublayer, sublayers, units_of, without
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError, ShapeError
 from seqmix.mixers._attention import AttentionMixer

@@ -12,14 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seqmix.compress._structure import (
-    Units,
-    cut,
-    keep_best,
-    parameters_per_unit,
-    sublayer,
-    units_of,
-)
+from seqmix.compress._cut import cut
+from seqmix.compress._structure import Units, keep_best, parameters_per_unit, sublayer, units_of
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError
 from seqmix.models.hf import SeqmixForCausalLM

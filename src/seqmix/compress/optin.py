@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqmix.compress._activations import first_inputs, predictions, through
+from seqmix.compress._cut import M, cut
 from seqmix.compress._structure import (
-    M,
     Place,
     Units,
-    cut,
     flops_per_unit,
     keep_best,
     language_model,

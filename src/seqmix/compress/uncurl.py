@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from seqmix.channels.mixture_of_experts import MixtureOfExperts
 from seqmix.compress._activations import watched
-from seqmix.compress._structure import M, Place, cut, sublayer, units_of
+from seqmix.compress._cut import M, cut
+from seqmix.compress._structure import Place, sublayer, units_of
 from seqmix.compress._transform import Calibration, Needs, Transform, Work
 from seqmix.core.errors import ConfigError
 

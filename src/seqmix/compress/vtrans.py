@@ -23,12 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqmix.compress._cut import M, channels_can_go, cut
 from seqmix.compress._structure import (
-    M,
     Place,
     Units,
-    channels_can_go,
-    cut,
     language_model,
     masked,
     parameters_per_unit,

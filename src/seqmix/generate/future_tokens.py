@@ -17,10 +17,10 @@ class FutureTokenReader(Reader):
 
     def read(self, ids: Tensor, state: State = None, *, keep: int = 1) -> Reading:
         states, state = self.model.read(ids, state)
-        states = states[:, -keep:]
-        flat = states.flatten(0, 1)
+        kept = states[:, -keep:]
+        flat = kept.flatten(0, 1)
         logits = self.model.logits(flat, ids.new_empty(len(flat), 0))
-        return Reading(logits.view(*states.shape[:2], -1), states, state)
+        return Reading(logits.view(*kept.shape[:2], -1), states, state)
 
     def select(self, state: State, rows: list[int]) -> State:
         return select_rows(state, rows)

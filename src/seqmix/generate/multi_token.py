@@ -66,8 +66,10 @@ class MultiTokenReader(Reader, Drafter):
         _, *behind = features[0].split(lengths)
         masks = len(self.model.masks)
         self.ahead = {done + n: z[-masks:] for n, z in zip(ends, behind, strict=True)}
-        kept = features[:, :count][:, -keep:]
-        return Reading(base.logits(kept), kept, _After(select_rows(after, [0]), done + count))
+        read = features[:, :count]
+        return Reading(
+            base.logits(read[:, -keep:]), read, _After(select_rows(after, [0]), done + count)
+        )
 
     def places(self, count: int, keep: int) -> range:
         """After how many of `count` tokens masks are read, if the last `keep` are to be known."""

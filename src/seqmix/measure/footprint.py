@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,9 @@ def footprints(
     context: int = 512,
     seconds: float = 2.0,
     rounds: int = 7,
+    times: Collection[str] = ("prefill_ms", "decode_ms"),
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each model for one text of `context` tokens; times are medians of calls in turn.
+    """Figures of each model for one text of `context` tokens; `times` are medians of calls in turn.
 
     size_mb (MiB of weights as stored), parameters (numbers stored), flops (predicted, of the next token), state_mb (MiB
     that one text keeps), prefill_ms (reading the text), decode_ms (one more token), forms (what ran).
@@ -65,11 +66,10 @@ def footprints(
             "state_mb": num_bytes(state) / MEGABYTE,
             "forms": sorted(map(list, forms)),
         }
-    read = time_in_turn(reading, seconds=seconds, rounds=rounds)
-    decoded = time_in_turn(decoding, seconds=seconds, rounds=rounds)
-    for name, figures in found.items():
-        figures["prefill_ms"] = read[name].median * 1e3
-        figures["decode_ms"] = decoded[name].median * 1e3 / STEPS
+    for name, calls, tokens in (("prefill_ms", reading, 1), ("decode_ms", decoding, STEPS)):
+        if name in times:
+            for key, timing in time_in_turn(calls, seconds=seconds, rounds=rounds).items():
+                found[key][name] = timing.median * 1e3 / tokens
     return found
 
 

@@ -138,6 +138,8 @@ def _frontier(found: Values) -> list[str]:
         for trial in worked
     ]
     parts = [page.table(["recipe", *metrics, "", "within the budget"], rows, marked=marked)]
+    alone = [[row["recipe"], row["dominated by"] or "none"] for row in found["methods"]]
+    parts.append(page.table(["method alone", "combination on the frontier that beats it"], alone))
     if len(metrics) > 1:
         across, up = metrics[:2]
         points = [(t["relative"][across], t["relative"][up]) for t in worked]

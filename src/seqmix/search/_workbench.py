@@ -2,7 +2,8 @@
 
 FOLDER/KEY/                the model after a recipe, KEY from the recipe; complete or not there at all
 FOLDER/KEY/step.json       the recipe, its notes and seconds, the model's quality
-FOLDER/.KEY/               what a step that is under way remembers, so that it goes on after a stop
+FOLDER/.KEY/               what a step remembers, so that it goes on after a stop; KEY without the amount where what is
+                           remembered holds for every amount
 """
 
 from __future__ import annotations
@@ -137,8 +138,7 @@ class Workbench:
     def make(self, recipe: Sequence[Transform]) -> Made:
         """The model after these steps; those that are on disk already are read."""
         written = write_recipe(recipe)
-        key = hashlib.sha256(written.encode()).hexdigest()[:12] if recipe else "original"
-        place = self.folder / key
+        place = self.folder / (_key(recipe) if recipe else "original")
         if (place / STEP).is_file():
             record = json.loads((place / STEP).read_text(encoding="utf-8"))
             model = self.original
@@ -148,17 +148,19 @@ class Workbench:
             return Made(model, record)
         if not recipe:
             return self._keep(place, self.original, {"recipe": "", "notes": {}, "seconds": 0.0})
-        before = self.make(recipe[:-1])
-        memory = self.folder / f".{key}"
+        *first, last = recipe
+        memory = self.folder / f".{_key([*first, last.whatever_amount])}"
         work = Work(folder=memory, shown=self.shown)
-        self.say(f"{written}: {recipe[-1].name} ...")
+        before = self.make(first)
+        self.say(f"{written}: {last.name} ...")
         start = time.perf_counter()
-        model = recipe[-1].fit(before.model, self.calibration, work).eval()
+        model = last.fit(before.model, self.calibration, work).eval()
         seconds = time.perf_counter() - start
         made = self._keep(
             place, model, {"recipe": written, "notes": work.notes, "seconds": seconds}
         )
-        shutil.rmtree(memory, ignore_errors=True)
+        if last.amount is None:
+            shutil.rmtree(memory, ignore_errors=True)
         return made
 
     def _keep(self, place: Path, model: SeqmixForCausalLM, record: dict[str, Any]) -> Made:
@@ -168,3 +170,7 @@ class Workbench:
                 model.save_pretrained(temporary)
             (temporary / STEP).write_text(json.dumps(record), encoding="utf-8")
         return Made(model, record)
+
+
+def _key(recipe: Sequence[Transform]) -> str:
+    return hashlib.sha256(write_recipe(recipe).encode()).hexdigest()[:12]

@@ -1,7 +1,9 @@
 """Search for the recipes that a budget allows: Optuna proposes, every proposal is made and measured.
 
-Each metric of the budget is an objective. First every method is tried alone at every strength; then a sampler combines
-them. Steps that several recipes begin with are made once, so a trial costs little more than its last step.
+Each metric of the budget is an objective. First every method is tried alone at every strength, then each with the
+methods that go with all others, and then a sampler combines them. Steps that several recipes begin with are made once,
+an order in which sublayers go is found once for all amounts, and only times that the budget names are taken: so a trial
+costs its last step and the evaluation.
 """
 
 from __future__ import annotations
@@ -39,12 +41,14 @@ MORE_IS_BETTER = ("zero_shot", "passkey")
 # In the order in which they are applied, since later ones replace what earlier ones want to see. They look at less text
 # than by default: a search tries many.
 SPACE: Mapping[str, Sequence[str]] = {
-    "finercut": tuple(f"finercut:{share}(tokens=64, shortlist=8)" for share in (0.07, 0.14)),
-    "blocks": tuple(f"blocks:{share}(tokens=64, shortlist=8)" for share in (0.07, 0.14)),
-    "slice": ("slice:0.1(tokens=2048)", "slice:0.2(tokens=2048)"),
-    "low_rank": ("low_rank:0.1(tokens=1024)", "low_rank:0.25(tokens=1024)"),
+    "finercut": tuple(f"finercut:{share}(tokens=256)" for share in (0.1, 0.2)),
+    "blocks": tuple(f"blocks:{share}(tokens=256)" for share in (0.1, 0.2)),
+    "slice": tuple(f"slice:{share}(tokens=1024)" for share in (0.1, 0.2)),
+    "low_rank": tuple(f"low_rank:{share}(tokens=1024)" for share in (0.1, 0.25)),
+    "recover": tuple(f"recover:{tokens}(distillation=0.0)" for tokens in (2048, 8192)),
     "int8": ("int8",),
 }
+LAST = ("recover", "int8")  # go with all others, and make up for what these lose
 
 
 def parse_limits(budget: str | None) -> tuple[Term, ...]:
@@ -75,23 +79,29 @@ class Trials:
         worked = [trial for trial in self.trials if not trial.failed]
         return [t for t in worked if not any(dominates(o, t, self.metrics) for o in worked)]
 
-    def dominated_methods(self) -> dict[str, str | None]:
-        """For each method, a recipe of several that dominates it at one of its strengths, or None."""
-        worked = [trial for trial in self.trials if not trial.failed]
-        several = [trial for trial in worked if "|" in trial.recipe]
-        found: dict[str, str | None] = {}
+    def methods(self) -> list[dict[str, str | None]]:
+        """Every method alone, at each strength that was tried: its name, its recipe, and a combination on the frontier
+        that dominates it, or None."""
+        tried = {trial.recipe: trial for trial in self.trials if not trial.failed}
+        several = [trial for trial in self.frontier() if "|" in trial.recipe]
+        rows: list[dict[str, str | None]] = []
         for method, choices in SPACE.items():
-            alone = [t for t in worked if t.recipe in map(_written, choices)]
-            better = (o.recipe for t in alone for o in several if dominates(o, t, self.metrics))
-            found[method] = next(better, None)
-        return found
+            for recipe in map(_written, choices):
+                if recipe in tried:
+                    better = (
+                        o.recipe for o in several if dominates(o, tried[recipe], self.metrics)
+                    )
+                    rows.append(
+                        {"method": method, "recipe": recipe, "dominated by": next(better, None)}
+                    )
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "trials": [asdict(trial) for trial in self.trials],
             "metrics": list(self.metrics),
             "frontier": [trial.recipe for trial in self.frontier()],
-            "dominated methods": self.dominated_methods(),
+            "methods": self.methods(),
             "chosen": self.chosen,
         }
 
@@ -119,18 +129,15 @@ def find_frontier(bench: Workbench, limits: Sequence[Term], *, trials: int, seed
         sampler=optuna.samplers.NSGAIISampler(population_size=8, seed=seed),
     )
     if not study.trials:
-        for method, choices in SPACE.items():
-            for choice in choices:
-                study.enqueue_trial({m: choice if m == method else "" for m in SPACE})
-        *others, last = SPACE  # the last keeps weights in another way, which goes with all others
-        for method in others:
-            pair = {method: SPACE[method][0], last: SPACE[last][0]}
-            study.enqueue_trial({**dict.fromkeys(SPACE, ""), **pair})
+        for chosen in first_trials():
+            study.enqueue_trial(dict.fromkeys(SPACE, "") | chosen)
+    known = {t.recipe: t for t in _results(study)}
 
     def objective(trial: Any) -> list[float]:
         chosen = [trial.suggest_categorical(m, ["", *choices]) for m, choices in SPACE.items()]
         recipe = _written(" | ".join(choice for choice in chosen if choice))
-        result = tried(bench, recipe, limits)
+        result = known.get(recipe) or tried(bench, recipe, limits)
+        known[recipe] = result
         trial.set_user_attr("trial", json.dumps(asdict(result)))
         bench.say(f"trial {trial.number + 1} of {trials}: {_told(result, metrics)}")
         if result.failed:
@@ -141,10 +148,7 @@ def find_frontier(bench: Workbench, limits: Sequence[Term], *, trials: int, seed
     left = trials - len(study.get_trials(deepcopy=False, states=finished))
     if left > 0:
         study.optimize(objective, n_trials=left)
-    done = [
-        Trial(**json.loads(t.user_attrs["trial"])) for t in study.trials if "trial" in t.user_attrs
-    ]
-    unique = list({trial.recipe: trial for trial in done if trial.recipe}.values())
+    unique = [trial for trial in known.values() if trial.recipe]
     worked = [trial for trial in unique if not trial.failed]
     if not worked:
         raise ConfigError(
@@ -153,6 +157,19 @@ def find_frontier(bench: Workbench, limits: Sequence[Term], *, trials: int, seed
     order = [m for m in ("loss", "perplexity", "bits_per_byte") if m in metrics] or metrics[:1]
     best = min(worked, key=lambda trial: (trial.excess, trial.relative[order[0]]))
     return Trials(unique, metrics, best.recipe)
+
+
+def first_trials() -> list[dict[str, str]]:
+    """Choices by method: each alone at every strength, then the last ones together, and these after each other."""
+    last = {method: SPACE[method][-1] for method in LAST if method in SPACE}
+    alone = [{method: choice} for method, choices in SPACE.items() for choice in choices]
+    after = [{method: SPACE[method][0]} | last for method in SPACE if method not in LAST]
+    return [*alone, *([last] if len(last) > 1 else []), *after]
+
+
+def _results(study: Any) -> list[Trial]:
+    rows = (trial.user_attrs.get("trial") for trial in study.trials)
+    return [Trial(**json.loads(row)) for row in rows if row is not None]
 
 
 def tried(bench: Workbench, recipe: str, limits: Sequence[Term]) -> Trial:
@@ -165,7 +182,9 @@ def tried(bench: Workbench, recipe: str, limits: Sequence[Term]) -> Trial:
     sizes = footprints(
         {"original": original.model.model, "made": made.model.model},
         context=bench.settings.context,
-        seconds=1.0,
+        seconds=4.0,
+        rounds=20,
+        times=[FIGURES.get(term.metric, term.metric) for term in limits],
     )
     first = {**original.record["quality"], **sizes["original"]}
     figures = {**made.record["quality"], **sizes["made"]}
