@@ -9,9 +9,11 @@ from test_speculative import texts
 from seqmix.core.errors import RangeError
 from seqmix.generate import Shape, SpeculativeTree
 from seqmix.generate._method import Task
-from seqmix.generate.chimera import Chimera, ChimeraTree, _Distillation, train_chimera
+from seqmix.generate.chimera import ChimeraTree
 from seqmix.generate.sampling import GREEDY
+from seqmix.models.chimera import Chimera
 from seqmix.testing.models import build, draw
+from seqmix.train.chimera import _Distillation, train_chimera
 
 
 def moved(drafter):

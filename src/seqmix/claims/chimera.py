@@ -12,7 +12,7 @@ from seqmix.claims._bytes import VOCABULARY, byte_windows, loss_on, spread
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
 from seqmix.claims._speculation import decoded, same_texts, trained
 from seqmix.claims._training import QUICK_TEXT
-from seqmix.generate.chimera import Chimera
+from seqmix.models.chimera import Chimera
 
 HEADLINE = 2.7  # the paper's mean speed-up over plain decoding
 NEAR = 0.8  # share of it that counts as the same
@@ -71,7 +71,8 @@ def measure(run: Run) -> list[Finding]:
 def studied(run: Run, kind: str) -> dict[str, Any]:
     """A model of this kind and its drafters: their sizes and losses, and what decoding with them gives."""
     from seqmix.generate import Sampling, Shape, SpeculativeTree
-    from seqmix.generate.chimera import ChimeraTree, train_chimera
+    from seqmix.generate.chimera import ChimeraTree
+    from seqmix.train.chimera import train_chimera
 
     rows, held_out = byte_windows(run["data"], run["length"])
     model = trained(
