@@ -208,7 +208,7 @@ def findings(
             "They do where both models have exactly the same size: the longest beginning of that order that frees as "
             "much as some whole blocks (a comparison that was added after the others had been measured).",
             "a lower held-out loss than without these blocks",
-            alike,
+            alike or {"compared": "no beginning of the order frees as much as whole blocks"},
             "inconclusive"
             if not alike
             else "reproduced"
