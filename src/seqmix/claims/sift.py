@@ -256,8 +256,8 @@ def better_than_classifier(scores: Scores, table: Any) -> Finding:
         "Labels as generated answers are better than those of a classifier on the features of the same model, with the "
         "causal mask removed.",
         "mean F1 of sentences: higher by two standard errors over sentences, with the instruction and without, than at "
-        "the best of the classifier's rates; inconclusive where the classifier has learnt so little that demonstrations "
-        "alone are better",
+        "the best of the classifier's rates; inconclusive where the classifier has learnt so little that "
+        "demonstrations alone are better",
         table,
         both(verdicts) if has_learnt else "inconclusive",
     )
