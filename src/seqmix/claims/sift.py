@@ -141,7 +141,7 @@ def answered(run: Run, name: str, is_tuned: bool) -> Answers:
 def classified(run: Run, rate: float) -> Answers:
     """Mentions by a classifier of words on the decoder's features, with a mask that lets all words see each other.
 
-    It learns from the same sentences for as many tokens, which is more epochs, for it reads no demonstrations.
+    It learns from the same sentences, in more epochs: with fewer it names nothing, for its last layer is new.
     """
     from seqmix.train.loop import run as train_loop
     from seqmix.train.parameters import select_parameters
@@ -250,13 +250,16 @@ def better_than_classifier(scores: Scores, table: Any) -> Finding:
     rates = [name for name in scores if name.startswith(ENCODER)]
     best = max(rates, key=lambda name: statistics.fmean(scores[name]))
     verdicts = [gain(scores, f"SIFT, {name}", best) for name in (INSTRUCTED, BARE)]
+    shown = max(statistics.fmean(scores[f"ICL, {name}"]) for name in (INSTRUCTED, BARE))
+    has_learnt = statistics.fmean(scores[best]) > shown
     return Finding(
         "Labels as generated answers are better than those of a classifier on the features of the same model, with the "
         "causal mask removed.",
         "mean F1 of sentences: higher by two standard errors over sentences, with the instruction and without, than at "
-        "the better of the classifier's rates",
+        "the best of the classifier's rates; inconclusive where the classifier has learnt so little that "
+        "demonstrations alone are better",
         table,
-        both(verdicts),
+        both(verdicts) if has_learnt else "inconclusive",
     )
 
 
@@ -308,8 +311,8 @@ CLAIM = Claim(
         "row": 5,
         "tests": 60,
         "rate": 1e-3,
-        "rates of the classifier": [1e-3, 3e-3],
-        "epochs of the classifier": 2,
+        "rates of the classifier": [3e-3],
+        "epochs of the classifier": 8,
         "new tokens": 48,
     },
 )
