@@ -36,9 +36,9 @@ test: $(VENV)/test.stamp $(VENV)/assets.stamp
 COMPRESS := $(BIN)/seqmix compress smollm2-135m --data shakespeare
 compression: $(VENV)/test.stamp $(VENV)/assets.stamp
 	$(COMPRESS) --recipe int8 --out runs/compression/int8
-	$(COMPRESS) --recipe "finercut:0.25(tokens=128, shortlist=16) | int8" --out runs/compression/finercut-int8
-	$(COMPRESS) --budget "latency<0.7x, loss<1.1x" --trials 12 --questions 0 --passkey-length 0 \
-		--evaluation-tokens 4096 --out runs/compression/budget
+	$(COMPRESS) --recipe "finercut:0.25 | int8" --out runs/compression/finercut-int8
+	$(COMPRESS) --budget "latency<0.8x, loss<1.1x" --trials 18 --length 128 --context 256 --questions 0 \
+		--passkey-length 0 --evaluation-tokens 2048 --out runs/compression/budget
 	for name in int8 finercut-int8 budget; do cp runs/compression/$$name/result.json docs/compression/$$name.json; done
 
 # Installing configured build/editable for this environment; see docs/native-kernels.md for one instruction set only.
