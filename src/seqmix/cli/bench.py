@@ -64,7 +64,7 @@ def run(
 
     With `--server`, the decoding of servers that already run is timed, each in turn.
 
-    Examples: `seqmix bench linear_attention --dtype float32 --length 512 --length 2048`,
+    Example: `seqmix bench linear_attention --dtype float32 --length 512 --length 2048`, or
     `seqmix bench --server ours=http://127.0.0.1:8000/v1 --server theirs=http://127.0.0.1:8001/v1`
     """
     import torch

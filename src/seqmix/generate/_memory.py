@@ -42,7 +42,7 @@ class Memory(Reader):
         self._learn([text for text in dict.fromkeys(texts) if text not in self.known])
         found = [self.known[text] for text in texts]
         logits, features = (
-            torch.stack([reading[part][row] for reading, row in found]) for part in (0, 1)
+            torch.stack([reading[part][row, -1:] for reading, row in found]) for part in (0, 1)
         )
         return Reading(logits, features, texts)
 
