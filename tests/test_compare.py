@@ -14,6 +14,8 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -381,3 +383,16 @@ def test_real_comparison_survives_kill(tmp_path, text):
         assert list(result["serve"]["decode_ms"]) == ["40", "80"]
         assert result["forms"]["decode"]
     assert found.recommendation["candidate"] in names.split("; ")
+
+
+def test_no_trial_is_handed_out_twice(tmp_path):
+    manifest = {"settings": {"seeds": 2, "candidates": [f"c{i}" for i in range(10)]}}
+    studies = [Study(tmp_path / "study.db", "s", manifest) for _ in range(4)]
+    studies[0].enqueue_missing()
+
+    def take(study):
+        return [claim.key for claim in iter(study.claim, None)]
+
+    with ThreadPoolExecutor(len(studies)) as pool:
+        taken = [key for keys in pool.map(take, studies) for key in keys]
+    assert sorted(map(astuple, taken)) == sorted(map(astuple, studies[0].keys))

@@ -3,8 +3,9 @@ of processes.
 
 A running trial carries the process that runs it and a heartbeat. When that process is gone, the trial is
 closed and enqueued again, so whatever is killed, the same command goes on: a trial in state FAIL without a
-`failure` was interrupted and does not count. Optuna hands out each waiting trial once; where two processes
-enqueued the same work, the later trial is dropped.
+`failure` was interrupted and does not count. Optuna hands out each waiting trial once on a server; on an SQLite
+file, which cannot lock a row, processes take turns through a lock file. Where two processes enqueued the same
+work, the later trial is dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Study:
         manifest = json.loads(json.dumps(manifest))  # as it comes back from the database
         with self._errors():
             url = storage if "://" in str(storage) else f"sqlite:///{storage}"
+            self._turn = _lock(str(url))
             self._study = self._connect(optuna, str(url), name)
             stored = self._study.user_attrs.get("manifest")
             if stored is None:
@@ -137,7 +139,7 @@ class Study:
 
     def enqueue_missing(self, *, retry_failed: bool = False) -> None:
         """Closes the trials of processes that are gone, and enqueues every key that has no trial."""
-        with self._errors():
+        with self._errors(), self._turn:
             for trial in self._study.get_trials(deepcopy=False):
                 if trial.state == self._states.RUNNING and not is_alive(trial):
                     self._close(trial.number)
@@ -152,7 +154,7 @@ class Study:
 
     def claim(self) -> Claim | None:
         """A trial that is now this process's own, or None where none is waiting."""
-        with self._errors():
+        with self._errors(), self._turn:
             while self._study.get_trials(deepcopy=False, states=(self._states.WAITING,)):
                 trial = self._study.ask()
                 if "candidate" not in trial.user_attrs:
@@ -295,6 +297,16 @@ def describe_storage(storage: str | Path) -> str:
     if not parts.scheme or not parts.password:
         return str(storage)
     return str(storage).replace(f":{parts.password}@", ":***@")
+
+
+def _lock(url: str) -> AbstractContextManager[Any]:
+    """What lets one process at a time take work from an SQLite file; a server sees to that itself."""
+    path = url.partition("?")[0].removeprefix("sqlite:///")
+    if path == url.partition("?")[0] or not path:
+        return nullcontext()
+    from filelock import FileLock
+
+    return FileLock(f"{path}.lock")
 
 
 def _engine(url: str) -> dict[str, Any]:
