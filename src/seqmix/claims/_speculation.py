@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seqmix.claims._claim import Finding
@@ -56,18 +55,3 @@ def same_texts(statement: str, found: Mapping[str, Any]) -> Finding:
         equal,
         "reproduced" if same else "not reproduced",
     )
-
-
-def trained(
-    layout: str, rows: Tensor, *, width: int, vocabulary: int, seed: int, **training: Any
-) -> Any:
-    """A new language model of this layout, trained on windows [N, T]."""
-    from seqmix.models.hf import create
-    from seqmix.objectives import OBJECTIVES
-    from seqmix.train.objective import train_objective
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = create(layout, width=width, vocabulary=vocabulary)
-    train_objective(model, rows, OBJECTIVES.get("causal")(), seed=seed, **training)
-    return model.eval()

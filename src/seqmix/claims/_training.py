@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from seqmix.claims._claim import Run
 from seqmix.core.errors import RangeError
@@ -41,6 +42,21 @@ def train_on(
 
     spec, training = specify(layout, settings)
     return train_task(spec, task, seed=seed, **training).model
+
+
+def language_model(
+    layout: str, windows: Tensor, *, width: int, vocabulary: int, seed: int, **training: Any
+) -> Any:
+    """A new language model of this layout, trained on windows [N, T]."""
+    from seqmix.models.hf import create
+    from seqmix.objectives import OBJECTIVES
+    from seqmix.train.objective import train_objective
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = create(layout, width=width, vocabulary=vocabulary)
+    train_objective(model, windows, OBJECTIVES.get("causal")(), seed=seed, **training)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from seqmix.claims._bytes import VOCABULARY, byte_windows, loss_on, spread
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
-from seqmix.claims._speculation import decoded, same_texts, trained
-from seqmix.claims._training import QUICK_TEXT
+from seqmix.claims._speculation import decoded, same_texts
+from seqmix.claims._training import QUICK_TEXT, language_model
 from seqmix.models.chimera import Chimera
 
 HEADLINE = 2.7  # the paper's mean speed-up over plain decoding
@@ -75,7 +75,7 @@ def studied(run: Run, kind: str) -> dict[str, Any]:
     from seqmix.train.chimera import train_chimera
 
     rows, held_out = byte_windows(run["data"], run["length"])
-    model = trained(
+    model = language_model(
         run["layouts"][kind],
         rows,
         width=run["width"],

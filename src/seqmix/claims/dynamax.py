@@ -12,13 +12,11 @@ from torch import Tensor
 from seqmix.claims._bytes import VOCABULARY, byte_windows, spread
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
 from seqmix.claims._timing import median_milliseconds
-from seqmix.claims._training import QUICK_TEXT
-from seqmix.models.backbone import ModelSpec
-from seqmix.models.hf import SeqmixForCausalLM
+from seqmix.claims._training import QUICK_TEXT, language_model
 
 if TYPE_CHECKING:
     from seqmix.generate._reader import Reader
-    from seqmix.generate.early_exit import EarlyExits
+    from seqmix.models.early_exit import EarlyExits
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 DEARER = 1.02  # loss, against the whole model's
@@ -29,20 +27,9 @@ Point = dict[str, float]
 
 
 def measure(run: Run) -> list[Finding]:
-    curves = {
-        base: {
-            kind: [
-                run.remember(f"{base}, {kind}, seed {seed}", partial(curve, run, base, kind, seed))
-                for seed in range(run["seeds"])
-            ]
-            for kind in run["exits"]
-        }
-        for base in run["bases"]
-    }
-    used = {
-        base: run.remember(f"{base}, decoding", partial(decoding, run, base))
-        for base in run["bases"]
-    }
+    found = {base: run.remember(base, partial(studied, run, base)) for base in run["bases"]}
+    curves = {base: each["curves"] for base, each in found.items()}
+    used = {base: each["decoding"] for base, each in found.items()}
     return [
         saves(curves),
         consistent(curves),
@@ -52,76 +39,46 @@ def measure(run: Run) -> list[Finding]:
     ]
 
 
-def windows(run: Run) -> tuple[Tensor, Tensor]:
-    """Windows [N, T] to train on, and held-out ones."""
-    train, held_out = byte_windows(run["data"], run["length"])
-    return train, spread(held_out, run["rows"])
+def studied(run: Run, base: str) -> dict[str, Any]:
+    """A model trained here, `trade_off` of exits of every kind and seed, and `readings` with the first of them."""
+    from seqmix.models.early_exit import EarlyExits
+    from seqmix.train.early_exit import train_exits
 
-
-def base_model(run: Run, base: str) -> SeqmixForCausalLM:
-    """A language model of bytes, trained here; its weights are kept as long as the process."""
-    from seqmix.train.language import new_model
-    from seqmix.train.loop import run as train
-    from seqmix.train.plan import Plan
-
-    if base not in _MODELS:
-        rows, _ = windows(run)
-        spec = ModelSpec(
-            layout=run["bases"][base], width=run["width"], heads=4, vocabulary=VOCABULARY
-        )
-        model = new_model(spec, 0)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-
-        def draw(index: int) -> dict[str, Tensor]:
-            chosen = order[
-                torch.arange(index * run["batch"], (index + 1) * run["batch"]) % len(order)
-            ]
-            return {"input_ids": rows[chosen], "labels": rows[chosen]}
-
-        plan = Plan(
-            steps=run["steps"],
-            tokens_per_step=run["batch"] * run["length"],
-            learning_rate=run["learning_rate"],
-            progress=False,
-        )
-        train(model, draw, plan)
-        _MODELS[base] = model.eval()
-    return _MODELS[base]
-
-
-_MODELS: dict[str, SeqmixForCausalLM] = {}
-
-
-def exits_of(run: Run, base: str, kind: str, seed: int) -> EarlyExits:
-    from seqmix.generate.early_exit import fit_exits
-
-    model, (rows, _) = base_model(run, base), windows(run)
-    generator = torch.Generator().manual_seed(100 + seed)
-    batches = [
-        rows[torch.randint(len(rows), (run["batch"],), generator=generator)]
-        for _ in range(run["exit_steps"])
-    ]
+    windows, held_out = byte_windows(run["data"], run["length"])
+    held_out = spread(held_out, run["rows"])
+    options = {"batch": run["batch"], "learning_rate": run["learning_rate"]}
+    shape = {"width": run["width"], "vocabulary": VOCABULARY}
+    layout = run["bases"][base]
+    model = language_model(layout, windows, seed=0, steps=run["steps"], **shape, **options)
     last = len(model.model.backbone.blocks)
     depths = [round(share * last) for share in run["depths"]]
-    return fit_exits(model, batches, depths=depths, layout=run["exits"][kind], seed=seed)
-
-
-def curve(run: Run, base: str, kind: str, seed: int) -> dict[str, Any]:
-    """`trade_off` of exits that are trained here."""
-    return trade_off(base_model(run, base), exits_of(run, base, kind, seed), windows(run)[1])
+    curves: dict[str, list[Any]] = {kind: [] for kind in run["exits"]}
+    decoding: dict[str, Any] = {}
+    for kind, layout in run["exits"].items():
+        for seed in range(run["seeds"]):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                exits = EarlyExits(model, depths, layout)
+            train_exits(exits, windows, steps=run["exit_steps"], seed=100 + seed, **options)
+            curves[kind].append(trade_off(exits.eval(), held_out))
+            if not decoding:
+                point = cheapest(curves[kind][0]) or {"threshold": THRESHOLDS[-1]}
+                decoding = readings(run, exits, point["threshold"], held_out[: run["texts"]])
+    return {"curves": curves, "decoding": decoding}
 
 
 @torch.no_grad()
-def trade_off(model: SeqmixForCausalLM, exits: EarlyExits, held_out: Tensor) -> dict[str, Any]:
+def trade_off(exits: EarlyExits, held_out: Tensor) -> dict[str, Any]:
     """For every threshold: computation, loss and agreement on held-out text, of states that caught up.
 
     Computation is the weights of the blocks and exits that a byte meets, as a share of those of all blocks.
     """
-    hidden, features = exits.hidden(model, held_out)
-    whole = model.model.logits(features).float().log_softmax(-1)
-    blocks = [size(block) for block in model.model.backbone.blocks]
+    inside = exits.known[0].model
+    hidden, features = exits.hidden(held_out)
+    whole = inside.logits(features).float().log_softmax(-1)
+    blocks = [size(block) for block in inside.backbone.blocks]
     found = [(each(h)[:2]) for each, h in zip(exits.exits, hidden, strict=True)]
-    logs = [model.model.logits(f).float().log_softmax(-1) for f, _ in found] + [whole]
+    logs = [inside.logits(f).float().log_softmax(-1) for f, _ in found] + [whole]
     sure = [c.sigmoid() for _, c in found]
     points = []
     for threshold in THRESHOLDS:
@@ -172,26 +129,17 @@ def saved(found: dict[str, Any]) -> float:
     return 0.0 if point is None else 1 - point["computation"]
 
 
-def decoding(run: Run, base: str) -> dict[str, Any]:
-    """Reading held-out text byte by byte after a prompt, at the threshold of `cheapest`: loss, blocks and time."""
-    model, kind = base_model(run, base), next(iter(run["exits"]))
-    exits, (_, held_out) = exits_of(run, base, kind, 0), windows(run)
-    point = cheapest(trade_off(model, exits, held_out)) or {"threshold": THRESHOLDS[-1]}
-    with torch.inference_mode():
-        return {"threshold": point["threshold"], **readings(run, model, exits, point["threshold"])}
-
-
-def readings(
-    run: Run, model: SeqmixForCausalLM, exits: EarlyExits, threshold: float
-) -> dict[str, Any]:
-    """What reading costs with the whole model, with exits, and with deep blocks that never see skipped bytes."""
+@torch.inference_mode()
+def readings(run: Run, exits: EarlyExits, threshold: float, texts: Tensor) -> dict[str, Any]:
+    """Reading texts byte by byte after a prompt, with the whole model, with exits, and with deep blocks that never see
+    skipped bytes: loss, blocks and time."""
     from seqmix.generate._reader import reader_of
     from seqmix.generate.early_exit import EarlyExitReader
 
-    readers: dict[str, Reader] = {"whole model": reader_of(model)}
+    readers: dict[str, Reader] = {"whole model": reader_of(exits.known[0])}
     for name, catch_up in (("exits", True), (NEVER, False)):
-        readers[name] = EarlyExitReader(model, exits, threshold=threshold, catch_up=catch_up)
-    prompt, texts = run["length"] // 2, windows(run)[1][: run["texts"]]
+        readers[name] = EarlyExitReader(exits, threshold=threshold, catch_up=catch_up)
+    prompt = run["length"] // 2
 
     def read(reader: Reader, text: Tensor) -> float:
         state, total = reader.read(text[None, :prompt]).state, 0.0
@@ -200,12 +148,12 @@ def readings(
             total -= float(logits[0, -1].float().log_softmax(-1)[text[place + 1]])
         return total / (len(text) - 1 - prompt)
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"threshold": threshold}
     for name, reader in readers.items():
         losses = [read(reader, text) for text in texts]
         found[name] = {"loss": statistics.fmean(losses)}
         if isinstance(reader, EarlyExitReader):
-            all_blocks = reader.tally.tokens * len(model.model.backbone.blocks)
+            all_blocks = reader.tally.tokens * len(reader.inside.backbone.blocks)
             found[name]["blocks"] = reader.tally.blocks / all_blocks
             found[name]["calls of blocks"] = reader.tally.calls / all_blocks
     times = median_milliseconds(

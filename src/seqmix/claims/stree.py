@@ -10,9 +10,9 @@ from torch import Tensor
 
 from seqmix.claims._bytes import VOCABULARY, byte_windows, loss_on, spread
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
-from seqmix.claims._speculation import decoded, same_texts, trained
+from seqmix.claims._speculation import decoded, same_texts
 from seqmix.claims._timing import median_milliseconds
-from seqmix.claims._training import QUICK_TEXT
+from seqmix.claims._training import QUICK_TEXT, language_model
 from seqmix.core.state import State
 from seqmix.generate._reader import Reader, Reading, reader_of
 
@@ -59,7 +59,7 @@ def studied(run: Run) -> dict[str, Any]:
 
     rows, held_out = byte_windows(run["data"], run["length"])
     options = {"vocabulary": VOCABULARY, "batch": run["batch"], "seed": 0}
-    model = trained(
+    model = language_model(
         run["layout"],
         rows,
         width=run["width"],
@@ -67,7 +67,7 @@ def studied(run: Run) -> dict[str, Any]:
         learning_rate=run["learning_rate"],
         **options,
     )
-    small = trained(
+    small = language_model(
         run["drafter"],
         rows,
         width=run["drafter width"],

@@ -22,11 +22,7 @@ TOKENS = 2048  # that go through a block at a time
 @torch.no_grad()
 def first_inputs(model: LanguageModel, ids: Tensor) -> Tensor:
     """What goes into the first block, [N, T, D], for windows of token ids [N, T]."""
-    backbone = model.backbone
-    x = model.embedding(ids) * backbone.scale
-    if backbone.positions is not None:
-        x, _ = backbone.positions(x)
-    return x if backbone.embedding_norm is None else backbone.embedding_norm(x)
+    return model.backbone.enter(model.embedding(ids))[0]
 
 
 @torch.no_grad()
@@ -93,7 +89,7 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
     """Logits from what the last block gives, x [N, T, D]: [N, T, vocabulary], or [N, classes] of a classifier."""
     inside = model.model
     assert isinstance(inside, LanguageModel)
-    features = x if inside.backbone.norm is None else inside.backbone.norm(x)
+    features = inside.backbone.leave(x)
     if isinstance(model, SeqmixForSequenceClassification):
         features = mean_of_tokens(features)
         return model.classifier(features).float()

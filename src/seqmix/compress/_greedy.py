@@ -125,10 +125,9 @@ def _cheapest(
 
 def _distribution(inside: LanguageModel, x: Tensor, start: int) -> Tensor:
     """Log-probabilities [N, T, vocabulary] from what goes into block `start`."""
-    backbone = inside.backbone
-    for block in backbone.blocks[start:]:
+    for block in inside.backbone.blocks[start:]:
         x, _ = block(x)
-    return inside.logits(x if backbone.norm is None else backbone.norm(x)).float().log_softmax(-1)
+    return inside.logits(inside.backbone.leave(x)).float().log_softmax(-1)
 
 
 def divergence(p: Tensor, q: Tensor) -> float:

@@ -332,7 +332,6 @@ def _damages(
         y, _ = new[number](x[number])
         for block in inside.backbone.blocks[number + 1 :]:
             y, _ = block(y)
-        y = y if inside.backbone.norm is None else inside.backbone.norm(y)
-        q = inside.head(y).float().log_softmax(-1)
+        q = inside.head(inside.backbone.leave(y)).float().log_softmax(-1)
         found[number] = float((p.exp() * (p - q)).sum(-1).mean())
     return found

@@ -246,12 +246,9 @@ class Backbone(nn.Module):
         last tokens are its nodes and the state is the one before them, as in `Mixer.read_tree`.
         """
         states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
-        after = []
-        if self.positions is not None:
-            x, new = self.enter(x, states.pop(0), cu_seqlens=cu_seqlens, tree=tree)
-            after.append(new)
-        else:
-            x, _ = self.enter(x)
+        place = None if self.positions is None else states.pop(0)
+        x, place = self.enter(x, place, cu_seqlens=cu_seqlens, tree=tree)
+        after = [] if self.positions is None else [place]
         for block, before in zip(self.blocks, states, strict=True):
             run = partial(block, cu_seqlens=cu_seqlens, tree=tree)
             if self.gradient_checkpointing and self.training:

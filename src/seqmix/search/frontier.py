@@ -38,17 +38,17 @@ FIGURES = {
     "prefill": "prefill_ms",
 }  # names in the figures, where they differ
 MORE_IS_BETTER = ("zero_shot", "passkey")
-# In the order in which they are applied, since later ones replace what earlier ones want to see. They look at less text
-# than by default: a search tries many.
+# In the order in which they are applied, since later ones replace what earlier ones want to see: `recover` trains dense
+# layers, and `low_rank` leaves none. They look at less text than by default: a search tries many.
 SPACE: Mapping[str, Sequence[str]] = {
     "finercut": tuple(f"finercut:{share}(tokens=256)" for share in (0.1, 0.2)),
     "blocks": tuple(f"blocks:{share}(tokens=256)" for share in (0.1, 0.2)),
     "slice": tuple(f"slice:{share}(tokens=1024)" for share in (0.1, 0.2)),
-    "low_rank": tuple(f"low_rank:{share}(tokens=1024)" for share in (0.1, 0.25)),
     "recover": tuple(f"recover:{tokens}(distillation=0.0)" for tokens in (2048, 8192)),
+    "low_rank": tuple(f"low_rank:{share}(tokens=1024)" for share in (0.1, 0.25)),
     "int8": ("int8",),
 }
-LAST = ("recover", "int8")  # go with all others, and make up for what these lose
+COMPANIONS = ("recover", "int8")  # go with all others, and make up for what these lose
 
 
 def parse_limits(budget: str | None) -> tuple[Term, ...]:
@@ -160,11 +160,11 @@ def find_frontier(bench: Workbench, limits: Sequence[Term], *, trials: int, seed
 
 
 def first_trials() -> list[dict[str, str]]:
-    """Choices by method: each alone at every strength, then the last ones together, and these after each other."""
-    last = {method: SPACE[method][-1] for method in LAST if method in SPACE}
+    """Choices by method: each alone at every strength, then the companions together, and these with each other one."""
+    companions = {method: SPACE[method][-1] for method in COMPANIONS if method in SPACE}
     alone = [{method: choice} for method, choices in SPACE.items() for choice in choices]
-    after = [{method: SPACE[method][0]} | last for method in SPACE if method not in LAST]
-    return [*alone, *([last] if len(last) > 1 else []), *after]
+    beside = [{m: SPACE[m][0]} | companions for m in SPACE if m not in COMPANIONS]
+    return [*alone, *([companions] if len(companions) > 1 else []), *beside]
 
 
 def _results(study: Any) -> list[Trial]:

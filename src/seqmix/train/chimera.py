@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from seqmix.models.chimera import TRIGRAM, Chimera
 from seqmix.objectives import Objective
 from seqmix.train.objective import train_objective
+from seqmix.train.parameters import frozen
 from seqmix.train.plan import Record
 
 
@@ -58,10 +59,7 @@ def train_chimera(drafter: Chimera, windows: Tensor, *, steps: int, **training: 
             for part in windows.split(training.get("batch", 16))
         ]
     objective = _Distillation(windows, torch.cat(parts))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(model):
         return train_objective(
             drafter,  # type: ignore[arg-type]
             torch.arange(len(windows)).unsqueeze(1),
@@ -69,6 +67,3 @@ def train_chimera(drafter: Chimera, windows: Tensor, *, steps: int, **training: 
             steps=steps,
             **training,
         )
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -13,7 +13,8 @@ rank to the weights that it stands beside; a prefix belongs to no weight and sta
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
 
 RANK = 8
 PREFIX = 16
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, nothing of `module` is trained; afterwards what was trainable is again."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def select_parameters(model: PreTrainedModel, parameters: str, *, seed: int = 0) -> PreTrainedModel:
