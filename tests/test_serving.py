@@ -54,7 +54,7 @@ def server():
 def test_every_server_gets_every_passage_once_and_a_row_per_workload(server, tmp_path):
     url, asked, _ = server
     servers = [Server("a", url), Server.parse(f"b={url}/#second")]
-    record = measure_servers(servers, WORKLOADS, TEXT, rounds=2)
+    record = measure_servers(servers, WORKLOADS, TEXT, out=tmp_path, rounds=2)
     assert [(row["server"], row["streams"]) for row in record["rows"]] == [
         ("a", 1), ("b", 1), ("a", 4), ("b", 4)
     ]  # fmt: skip
@@ -68,7 +68,6 @@ def test_every_server_gets_every_passage_once_and_a_row_per_workload(server, tmp
     }
     assert sorted(by_model["first"]) == sorted(by_model["second"])
     assert len({*by_model["first"]}) == len(by_model["first"]) == 3 * (1 + 4)
-    (tmp_path / "serving.json").write_text(json.dumps(record))
     assert "| b | 4 | 8 | 3 |" in write_page("speed.md", tmp_path)
 
 
@@ -76,16 +75,17 @@ def test_every_server_gets_every_passage_once_and_a_row_per_workload(server, tmp
     ("change", "said"),
     [({"status": 429}, "answers 429"), ({"finish": "stop"}, "early"), ({"pieces": 0}, "nothing")],
 )
-def test_what_is_no_whole_answer_is_refused(server, change, said):
+def test_what_is_no_whole_answer_is_refused(server, change, said, tmp_path):
     url, _, ends = server
     ends |= change
     with pytest.raises(DataError, match=said):
-        measure_servers([Server("a", url)], WORKLOADS[:1], TEXT, rounds=1)
+        measure_servers([Server("a", url)], WORKLOADS[:1], TEXT, out=tmp_path, rounds=1)
+    assert not list(tmp_path.iterdir())
 
 
-def test_wrong_requests_are_refused():
+def test_wrong_requests_are_refused(tmp_path):
     with pytest.raises(DataError, match="characters"):
-        measure_servers([], WORKLOADS, "short")
+        measure_servers([], WORKLOADS, "short", out=tmp_path)
     with pytest.raises(RangeError, match="streams=0"):
         Workload(streams=0)
     for text in ("http://127.0.0.1", "a=127.0.0.1:8000", "=http://x"):

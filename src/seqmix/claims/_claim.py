@@ -121,10 +121,9 @@ def compare_groups(
     return "not reproduced" if gap <= -error else "inconclusive"
 
 
-def overall(findings: Sequence[Finding]) -> Verdict:
-    """Reproduced if every statement is; not reproduced if one is not; else inconclusive."""
-    verdicts = {finding.verdict for finding in findings}
-    if verdicts == {"reproduced"}:
+def overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """Reproduced if every one is; not reproduced if one is not; else inconclusive."""
+    if set(verdicts) == {"reproduced"}:
         return "reproduced"
     return "not reproduced" if "not reproduced" in verdicts else "inconclusive"
 
@@ -159,7 +158,7 @@ def reproduce(
         "where": description.where,
         "size": size,
         "settings": _plain(run.settings),
-        "verdict": overall(findings),
+        "verdict": overall([finding.verdict for finding in findings]),
         "findings": [_plain(dataclasses.asdict(finding)) for finding in findings],
         "seconds": round(run.seconds, 1),
         "forms": sorted(map(list, run.forms)),

@@ -6,6 +6,7 @@ a measurement runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,8 +61,17 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: i
     return torch.tensor(rows)
 
 
-def tune(model: PreTrainedModel, batches: list[dict[str, Tensor]], learning_rate: float) -> None:
-    """Trains the model in place, one step per batch in their order, as gently as fine-tuning asks for."""
+def tune(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    learning_rate: float,
+    *,
+    loss: Callable[[Any, dict[str, Tensor]], Tensor] | None = None,
+) -> None:
+    """Trains the model in place, one step per batch in their order, as gently as fine-tuning asks for.
+
+    `loss` takes the place of the model's own.
+    """
     from seqmix.train.loop import run
     from seqmix.train.plan import Plan
 
@@ -73,7 +83,7 @@ def tune(model: PreTrainedModel, batches: list[dict[str, Tensor]], learning_rate
         warmup=0.1,
         progress=False,
     )
-    run(model, lambda index: batches[index % len(batches)], plan)
+    run(model, lambda index: batches[index % len(batches)], plan, loss=loss)
 
 
 @torch.no_grad()

@@ -181,14 +181,13 @@ def windows_lose_recall(run: Run) -> Finding:
         compare_groups(far["mixed"], far["full"], margin=-NEAR),
         compare_groups(far["mixed"], far["windowed"], margin=FAR_BELOW),
     ]
-    parts = [Finding("", "", {}, verdict) for verdict in verdicts]
     return Finding(
         "Windows in every layer lose dependencies beyond their reach; one full layer keeps them.",
         f"recall at positions from {beyond} on, where stacked windows of {window} do not reach any pair: mixed "
         f"spans less than {NEAR} below full attention, and more than {FAR_BELOW} above windows alone, beyond two "
         "standard errors over seeds",
         {"accuracy": found, "chance": learned.chance(), "task": run["recall"]},
-        overall(parts),
+        overall(verdicts),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqmix.claims._bytes import spread
 from seqmix.claims._claim import Claim, Finding, Run, compare_groups
-from seqmix.claims._training import QUICK_TEXT
+from seqmix.claims._training import QUICK_TEXT, language_model
 from seqmix.core.state import State
 from seqmix.generate.multi_token import MultiTokenReader
 from seqmix.models.multi_token import MultiTokenModel
@@ -124,23 +124,9 @@ def with_masks(
 
 
 def studied(run: Run, kind: str, seed: int) -> dict[str, Any]:
-    from seqmix.models.hf import create
-    from seqmix.objectives import OBJECTIVES
-    from seqmix.train.objective import train_objective
-
     rows, held_out, vocabulary = windows(run, kind)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        base: Any = create(run["layout"], width=run["width"], vocabulary=vocabulary)
-    train_objective(
-        base,
-        rows,
-        OBJECTIVES.get("causal")(),
-        steps=run["steps"],
-        batch=run["batch"],
-        learning_rate=run["learning_rate"],
-        seed=seed,
-    )
+    options = {name: run[name] for name in ("width", "steps", "batch", "learning_rate")}
+    base = language_model(run["layout"], rows, vocabulary=vocabulary, seed=seed, **options)
     tests = spread(held_out, run["rows"])
     before = ordinary_loss(base.model(tests)[0], tests)
     steps, every = run["steps of masks"], run["every"]

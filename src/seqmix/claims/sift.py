@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqmix.claims._claim import Claim, Finding, Run, compare_groups
+from seqmix.claims._claim import Claim, Finding, Run, compare_groups, overall
 from seqmix.claims._finetuning import pretrained, tune
 from seqmix.data.mentions import KINDS, MOST, Sentence, f1, read_sentences
 from seqmix.data.text import read_text, split_text
@@ -143,9 +143,7 @@ def classified(run: Run, rate: float) -> Answers:
 
     It learns from the same sentences, in more epochs: with fewer it names nothing, for its last layer is new.
     """
-    from seqmix.train.loop import run as train_loop
     from seqmix.train.parameters import select_parameters
-    from seqmix.train.plan import Plan
 
     model, tokenizer = pretrained(run)
     _, train, tests = sentences(run)
@@ -159,19 +157,11 @@ def classified(run: Run, rate: float) -> Answers:
     batches = [
         word_batch(tokenizer, order[start : start + size]) for start in range(0, len(order), size)
     ]
-    plan = Plan(
-        steps=len(batches),
-        tokens_per_step=batches[0]["input_ids"].numel(),
-        learning_rate=rate,
-        weight_decay=0.0,
-        warmup=0.1,
-        progress=False,
-    )
 
     def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(word_logits(model, batch), batch["labels"])
 
-    train_loop(model, lambda index: batches[index % len(batches)], plan, loss=loss)
+    tune(model, batches, rate, loss=loss)
     model.eval()
     found = []
     with torch.no_grad():
@@ -230,19 +220,13 @@ def gain(scores: Scores, name: str, other: str, margin: float = 0.0) -> Any:
     return compare_groups(gains, [0.0], margin=margin)
 
 
-def both(verdicts: list[Any]) -> Any:
-    if len(set(verdicts)) == 1:
-        return verdicts[0]
-    return "not reproduced" if "not reproduced" in verdicts else "inconclusive"
-
-
 def better_than_demonstrations(scores: Scores, table: Any) -> Finding:
     verdicts = [gain(scores, f"SIFT, {name}", f"ICL, {name}") for name in (INSTRUCTED, BARE)]
     return Finding(
         "Fine-tuning with demonstrations labels better than the same demonstrations without fine-tuning.",
         "mean F1 of sentences: higher by two standard errors over sentences, with the instruction and without",
         table,
-        both(verdicts),
+        overall(verdicts),
     )
 
 
@@ -259,7 +243,7 @@ def better_than_classifier(scores: Scores, table: Any) -> Finding:
         "the best of the classifier's rates; inconclusive where the classifier has learnt so little that "
         "demonstrations alone are better",
         table,
-        both(verdicts) if has_learnt else "inconclusive",
+        overall(verdicts) if has_learnt else "inconclusive",
     )
 
 

@@ -73,9 +73,7 @@ def run(
     from seqmix.measure.curves import LENGTHS
 
     if server:
-        _time_servers(
-            server, streams or [1, 8, 32], prompt_tokens or [128], out / "serving.json", json
-        )
+        _time_servers(server, streams or [1, 8, 32], prompt_tokens or [128], out, json)
         return
     if threads is not None:
         torch.set_num_threads(threads)
@@ -109,9 +107,6 @@ def run(
 def _time_servers(
     servers: list[str], streams: list[int], prompt_tokens: list[int], out: Path, json: bool
 ) -> None:
-    import json as encoding
-
-    from seqmix.core.files import write_text
     from seqmix.data.text import read_text
     from seqmix.measure.serving import Server, Workload, measure_servers
     from seqmix.report.bench import SERVING_COLUMNS, serving_cells
@@ -122,13 +117,12 @@ def _time_servers(
     named = [Server.parse(each) for each in servers]
     text = "\n".join(read_text("austen").documents)
     with work(resume="The same command measures again."):
-        record = measure_servers(named, workloads, text, say=say)
-    write_text(out, encoding.dumps(record, indent=1) + "\n")
+        record = measure_servers(named, workloads, text, out=out, say=say)
     if json:
         print_json(record)
     else:
         print_table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
-        say(f"Wrote {out}")
+        say(f"Wrote {out / 'serving.json'}")
 
 
 def disagreement(operator: Any, form: str) -> str | None:

@@ -12,10 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from seqmix.core.errors import ConfigError, DataError, RangeError
 from seqmix.core.extras import require
+from seqmix.core.files import write_text
 from seqmix.measure.machine import describe
 
 CHARACTERS = 4  # of a token of English text, about
@@ -72,10 +74,11 @@ def measure_servers(
     workloads: Sequence[Workload],
     text: str,
     *,
+    out: Path,
     rounds: int = 3,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """A row for every workload and server; `text` is cut into prompts, no passage twice.
+    """A row for every workload and server, kept in `out/serving.json`; no passage of `text` is a prompt twice.
 
     Raises `DataError` for a text that is too short, or a server that answers with an error, ends a text early or says
     nothing.
@@ -107,12 +110,14 @@ def measure_servers(
                 f"{name}, {workload.streams} streams after {workload.prompt_tokens} tokens: first token "
                 f"{row['first_token_ms']:.0f} ms, {row['tokens_per_second']:.1f} tokens/s"
             )
-    return {
+    record = {
         "machine": describe(),
         "date": time.strftime("%Y-%m-%d"),
         "rounds": rounds,
         "rows": rows,
     }
+    write_text(out / "serving.json", json.dumps(record, indent=1) + "\n")
+    return record
 
 
 async def _round(server: Server, prompts: Sequence[str], new_tokens: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ from seqmix.serve.answers import Answers, Piece, Served
 from seqmix.serve.metrics import exposition
 from seqmix.serve.protocol import Body, ChatBody, CompletionBody
 from seqmix.serve.reports import Reports
-from seqmix.serve.request import QueueFull
+from seqmix.serve.request import BODY_BYTES, QueueFull
 
 PAGE = Path(__file__).with_name("page.html")
 REPORTS_LINK = '<a href="/reports">Reports and claims</a>'
@@ -59,7 +59,7 @@ def create_app(
     models: Sequence[Served],
     *,
     api_key: str | None = None,
-    body_bytes: int = 4 << 20,
+    body_bytes: int = BODY_BYTES,
     reports: Reports | None = None,
 ) -> FastAPI:
     """The application; the engines run between its start and its end."""

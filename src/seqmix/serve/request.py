@@ -9,6 +9,8 @@ from seqmix.core.errors import SeqmixError
 from seqmix.generate import Constraint
 from seqmix.generate.sampling import Sampling
 
+BODY_BYTES = 4 << 20  # of an HTTP request, by default
+
 
 class QueueFull(SeqmixError):
     """As many requests wait as may wait; the same request may succeed later."""

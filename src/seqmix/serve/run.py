@@ -16,6 +16,7 @@ from seqmix.models.pretrained import load_language_model
 from seqmix.serve.answers import Served
 from seqmix.serve.engine import Engine, Limits
 from seqmix.serve.reader import Reader, SeqmixReader
+from seqmix.serve.request import BODY_BYTES
 from seqmix.serve.state_folder import StateFolder, fingerprint
 from seqmix.serve.transformers_reader import TransformersReader
 
@@ -98,7 +99,7 @@ def serve(
     limits: Limits | None = None,
     context: int | None = None,
     states: Path | None = None,
-    body_bytes: int = 4 << 20,
+    body_bytes: int = BODY_BYTES,
     reports: Path | None = None,
 ) -> None:
     """Answers over HTTP until it is interrupted; `docs/serve.md` describes the API.
