@@ -74,15 +74,20 @@ class Growing:
         # Autograd wants no in-place writes: a query with a gradient keeps the keys, even if they have none.
         if torch.is_grad_enabled():
             return Growing(torch.cat([self.tensor, new], dim=1))
-        storage, length = self._storage, self._length + new.shape[1]
+        grown = self.extended(new.shape[1])
+        grown._storage.data[:, self._length : grown._length] = new
+        return grown
+
+    def extended(self, count: int) -> Growing:
+        """This tensor with `count` more entries that hold anything: the caller writes them, before any other use."""
+        storage, length = self._storage, self._length + count
         frozen = storage.data.is_inference() and not torch.is_inference_mode_enabled()
         if storage.stamp != self._stamp or length > storage.data.shape[1] or frozen:
             shape = list(self.tensor.shape)
             shape[1] = length + max(32, length // 4)
-            data = new.new_zeros(shape)
+            data = storage.data.new_zeros(shape)
             data[:, : self._length] = self.tensor
             storage = _Storage(data)
-        storage.data[:, self._length : length] = new
         storage.stamp += 1
         grown = Growing.__new__(Growing)
         grown._storage, grown._length, grown._stamp = storage, length, storage.stamp

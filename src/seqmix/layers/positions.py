@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from seqmix.core.errors import RangeError, ShapeError
 from seqmix.core.state import State
 from seqmix.core.tree import Tree
+from seqmix.kernels._native import transformed
 from seqmix.ops._packing import Packing
 
 SLOWEST, FASTEST = (
     1.0,
     4.0,
 )  # turns within the original context, between which frequencies are blended
+FEW = 128  # positions whose angles are kept for the next layer
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,52 @@ def rotate(
         raise ShapeError(
             f"rotate: `x` has {width} channels per head, wanted an even number. Change the heads."
         )
-    exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
+    cos, sin = _turns(positions, base, width, stretch, x.dtype)
+    turning = x if width == x.shape[-1] else x[..., :width]
+    first, second = turning.chunk(2, dim=-1)
+    turned = torch.addcmul(turning * cos, torch.cat([second, first], dim=-1), sin)
+    return turned if turning is x else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+def _turns(
+    positions: Tensor, base: float, width: int, stretch: Stretch | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the channels and their partners are multiplied by: cos and signed sin, both [(B,) T, 1, d]."""
+    is_plain = type(positions) is Tensor and positions.is_cpu and not torch.compiler.is_compiling()
+    if not is_plain or positions.numel() > FEW or transformed():
+        return _compute_turns(positions, base, width, stretch, dtype)
+    values, shape = tuple(positions.flatten().tolist()), tuple(positions.shape)
+    return turns_of_few(values, shape, base, width, stretch, dtype)
+
+
+@lru_cache(maxsize=16)
+def turns_of_few(
+    values: tuple[int, ...],
+    shape: tuple[int, ...],
+    base: float,
+    width: int,
+    stretch: Stretch | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [*shape, 1, width] of the positions `values`, which turn `width` channels of a head.
+
+    They are kept by value: while a model decodes, each of its layers asks for those of the same few positions.
+    """
+    with torch.inference_mode(False):  # what is kept must do for training too
+        positions = torch.tensor(values).view(shape)
+        return _compute_turns(positions, base, width, stretch, dtype)
+
+
+def _compute_turns(
+    positions: Tensor, base: float, width: int, stretch: Stretch | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     frequencies = base**-exponents
     if stretch is not None:
         frequencies = stretch(frequencies)
-    angles = positions.float().unsqueeze(-1) * frequencies  # [(B,) T, d/2]
-    cos, sin = (turn.to(x.dtype).unsqueeze(-2) for turn in (angles.cos(), angles.sin()))
-    first, second = x[..., :width].chunk(2, dim=-1)
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*parts, x[..., width:]] if width < x.shape[-1] else parts, dim=-1)
+    angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(-2)  # [(B,) T, 1, d/2]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class LearnedPositions(nn.Module):

@@ -29,6 +29,7 @@ from seqmix.layers.norm import NORMS
 from seqmix.layers.positions import LearnedPositions
 from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
+from seqmix.models._decoding import channel_step, mixer_step
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
 RESIDUALS = ("pre", "parallel", "sandwich", "post")
@@ -160,13 +161,18 @@ class Block(nn.Module):
         tree: Tree | None = None,
     ) -> tuple[Tensor, State]:
         given = x
-        if self.mixer is not None:
+        step = mixer_step(self, x, state) if cu_seqlens is None and tree is None else None
+        if step is not None:
+            x, state = step
+        elif self.mixer is not None:
             y = x if self.residual == "post" else self.mixer_norm(x)
             if tree is None:
                 y, state = self.mixer(y, state, cu_seqlens=cu_seqlens)
             else:
                 y, state = self.mixer.read_tree(y, state, tree)
             x = self._add("mixer", x, y)
+        if (y := channel_step(self, x)) is not None:
+            return y, state
         if self.channel is not None:
             y = given if self.residual == "parallel" else x
             y = self.channel(y if self.residual == "post" else self.channel_norm(y))

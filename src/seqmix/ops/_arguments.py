@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from seqmix.core.errors import DtypeError, RangeError, ShapeError
 
@@ -21,6 +23,48 @@ def check_tensors(
     Sizes are bound in the order of `tensors`, after those given. None stands for an absent optional
     argument. Raises `ShapeError` or `DtypeError` naming the argument, what came and what was wanted.
     """
+    key = _signature(operator, axes, tensors, sizes)
+    if key is not None and key in _known:
+        return _known[key].copy()
+    found = _check(operator, axes, tensors, sizes)
+    if key is not None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = found.copy()
+    return found
+
+
+MOST_KNOWN = 4096
+_known: dict[
+    Any, dict[str, int]
+] = {}  # what has passed; decoding asks the same thousands of times a second
+
+
+def _signature(
+    operator: str,
+    axes: Mapping[str, str | tuple[str, ...]],
+    tensors: Mapping[str, Tensor | None],
+    sizes: dict[str, int],
+) -> Any:
+    """All that the checks depend on; None where sizes are no plain numbers, as in `torch.compile`."""
+    if torch.compiler.is_compiling():
+        return None
+    parts: list[Any] = [operator, *sizes.items()]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, Parameter):
+            return None
+        parts += (name, axes[name], tensor.shape, tensor.dtype, tensor.device)
+    return tuple(parts)
+
+
+def _check(
+    operator: str,
+    axes: Mapping[str, str | tuple[str, ...]],
+    tensors: Mapping[str, Tensor | None],
+    sizes: dict[str, int],
+) -> dict[str, int]:
     device = None
     for name, tensor in tensors.items():
         if tensor is None:

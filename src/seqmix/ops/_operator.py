@@ -141,13 +141,18 @@ class Operator:
         return self._call("definition", self.definition, inputs, options)
 
     def _call(self, form: str, run: Callable[..., Any], inputs: Any, options: Any) -> Any:
-        for record in _records:
-            record.add((self.name, form))
+        note_form(self.name, form)
         device = inputs[0].device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return run(*inputs, **options)
         with torch.autocast(device, enabled=False):  # the dtype is chosen already
             return run(*inputs, **options)
+
+
+def note_form(operator: str, form: str) -> None:
+    """Tells `record_forms` which form of an operator runs; what computes several operators at once says so itself."""
+    for record in _records:
+        record.add((operator, form))
 
 
 _records: list[set[tuple[str, str]]] = []

@@ -1,0 +1,32 @@
+// Whole numbers of 8 bits, a vector at a time.
+#pragma once
+
+#include "vector.hpp"
+
+#if defined(__SSE4_1__)
+#include <immintrin.h>
+#endif
+
+namespace seqmix {
+
+typedef int8_t FewBytes __attribute__((vector_size(WIDTH)));
+
+// Whole numbers of 8 bits as floats. By name on x86, where GCC 12 takes the general conversion apart byte by byte.
+inline Vector floats(FewBytes bytes) {
+#if defined(__AVX512F__)
+    Integers whole = (Integers)_mm512_cvtepi8_epi32((__m128i)bytes);
+#elif defined(__SSE4_1__)
+    __m128i all = {};
+    std::memcpy(&all, &bytes, sizeof bytes);
+#if defined(__AVX2__)
+    Integers whole = (Integers)_mm256_cvtepi8_epi32(all);
+#else
+    Integers whole = (Integers)_mm_cvtepi8_epi32(all);
+#endif
+#else
+    Integers whole = __builtin_convertvector(bytes, Integers);
+#endif
+    return __builtin_convertvector(whole, Vector);
+}
+
+}  // namespace seqmix

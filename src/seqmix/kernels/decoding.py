@@ -1,0 +1,72 @@
+"""Half a block of a language model for a few tokens, in one compiled call (csrc/decoding.cpp).
+
+A layer is (weight [O, I] in float32, bfloat16 or int8; the factor of each output [O] or None; bias [O] or None), the
+last two in float32. Axes: B texts, T new tokens, D width, S keys with the new ones, H heads, G key heads, K head width,
+R channels that turn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqmix.kernels._native import native
+
+Layer = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def attention_step(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    layers: tuple[Layer, Layer, Layer, Layer],
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    turns: tuple[Tensor, Tensor] | tuple[None, None],
+    scale: float,
+) -> Tensor:
+    """y = x + W_o attend(turn(W_q n), turn(W_k n), W_v n), n = x / sqrt(mean(x^2) + eps) * norm.
+
+    Args:
+        x: [B, T, D], contiguous, in float32 or bfloat16; so are `norm` [D], `keys` and `values`.
+        layers: of queries [H K, D], keys and values [G K, D], and the output [D, H K].
+        keys, values: [B, S, G, K]; the last T of S are written.
+        start: keys of a text before this one are none, [B] int64.
+        turns: cosines and signed sines, [1 or B, T, R] in float32, or None.
+    """
+    batch, tokens, width = x.shape
+    length, groups, head_width = keys.shape[1:]
+    heads, threads = layers[0][0].shape[0] // head_width, torch.get_num_threads()
+    room = native.attention_step_floats(
+        batch, tokens, width, heads, groups, head_width, length, threads
+    )
+    y, workspace = torch.empty_like(x), torch.empty(room)
+    native.attention_step(
+        x.view(-1, width),
+        norm,
+        eps,
+        *layers,
+        keys,
+        values,
+        start,
+        *turns,
+        scale,
+        y.view(-1, width),
+        workspace,
+        threads,
+    )
+    return y
+
+
+def gated_step(x: Tensor, norm: Tensor, eps: float, layers: tuple[Layer, Layer, Layer]) -> Tensor:
+    """y = x + W_o (silu(W_g n) * W_u n), n = x / sqrt(mean(x^2) + eps) * norm; x as in `attention_step`.
+
+    `layers` are the gate [F, D], the other factor [F, D] and the output [D, F].
+    """
+    batch, tokens, width = x.shape
+    hidden, threads = layers[0][0].shape[0], torch.get_num_threads()
+    room = native.gated_step_floats(batch * tokens, width, hidden, threads)
+    y, workspace = torch.empty_like(x), torch.empty(room)
+    native.gated_step(x.view(-1, width), norm, eps, *layers, y.view(-1, width), workspace, threads)
+    return y

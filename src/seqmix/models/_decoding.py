@@ -1,0 +1,125 @@
+"""Half a block in one compiled call, where a few tokens go through it.
+
+While a model decodes, calling its parts one by one takes longer than what they compute. What is said here of a block is
+what the kernels of `seqmix.kernels.decoding` compute; any other goes on as it is written in `Block`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from seqmix.channels.glu import GatedLinearUnit
+from seqmix.core.state import Growing, State
+from seqmix.kernels import decoding
+from seqmix.kernels._custom import needs_no_dispatcher
+from seqmix.kernels._native import native
+from seqmix.layers.norm import RMSNorm
+from seqmix.layers.positions import turns_of_few
+from seqmix.linears.int8 import Int8
+from seqmix.mixers.attention import Attention
+from seqmix.ops._operator import note_form
+
+if TYPE_CHECKING:
+    from seqmix.models.backbone import Block
+
+MOST = 32  # tokens of all texts; for more, what the parts of a block compute takes longer than their calls
+
+
+def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+    """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
+    mixer = block.mixer
+    if type(mixer) is not Attention or state is None or not _is_taken(block, x, "mixer"):
+        return None
+    c = mixer.config
+    if c.window is not None or c.best is not None or c.qk_norm:
+        return None
+    layers = _layers(mixer.query, mixer.key, mixer.value, mixer.output)
+    keys, values = state["keys"], state["values"]
+    if layers is None or not (_is_kept(keys, x) and _is_kept(values, x)):
+        return None
+    start, tokens = state["start"], x.shape[1]
+    keys, values = keys.extended(tokens), values.extended(tokens)
+    turns: Any = (None, None)
+    if c.rope_base is not None:
+        first = keys.length - tokens
+        starts = tuple(start.tolist())
+        starts = starts[:1] if len({*starts}) == 1 else starts
+        places = tuple(first - begin + t for begin in starts for t in range(tokens))
+        shape = len(starts), tokens
+        turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
+        turns = tuple(turn.squeeze(-2) for turn in turns)
+    scale = c.head_width**-0.5 if c.scale is None else c.scale
+    norm = block.mixer_norm
+    y = decoding.attention_step(
+        x, norm.weight, norm.eps, layers, keys.tensor, values.tensor, start, turns, scale
+    )
+    note_form("attention", "native")
+    return y, {"keys": keys, "values": values, "start": start}
+
+
+def channel_step(block: Block, x: Tensor) -> Tensor | None:
+    """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
+    channel = block.channel
+    if type(channel) is not GatedLinearUnit or not _is_taken(block, x, "channel"):
+        return None
+    if channel.config.activation != "silu":
+        return None
+    layers = _layers(channel.gate, channel.up, channel.output)
+    if layers is None:
+        return None
+    norm = block.channel_norm
+    return decoding.gated_step(x, norm.weight, norm.eps, layers)
+
+
+def _is_taken(block: Block, x: Tensor, half: str) -> bool:
+    """Whether there are kernels for such tensors, and for all of this half of the block but its layers."""
+    if native is None or torch.is_grad_enabled() or block.residual != "pre":
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < x.shape[0] * x.shape[1] <= MOST:
+        return False
+    norm, part = getattr(block, f"{half}_norm"), getattr(block, half)
+    if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.weight is None or norm.eps is None:
+        return False
+    if norm.weight.dtype != x.dtype or not x.is_contiguous() or block.mixer_shortcut is not None:
+        return False
+    if not (_is_untouched(norm) and _is_untouched(part)) or torch.is_autocast_enabled("cpu"):
+        return False
+    return needs_no_dispatcher(x, (x,))
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether nobody wants to be told when the module is called, or has put another function in its place."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _is_kept(kept: Any, like: Tensor) -> bool:
+    return (
+        isinstance(kept, Growing)
+        and kept.tensor.dtype == like.dtype
+        and kept.tensor.stride(-1) == 1
+    )
+
+
+def _layers(*modules: nn.Module) -> Any:
+    """The weights of linear layers as the kernels read them; None if one is of another kind."""
+    found = []
+    for module in modules:
+        held = module._parameters if type(module) is nn.Linear else module._buffers
+        if type(module) not in (nn.Linear, Int8) or not _is_untouched(module):
+            return None
+        weight, scale, bias = held["weight"], held.get("scale"), held["bias"]
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            return None
+        if not weight.is_contiguous():
+            return None
+        if scale is not None:
+            note_form("int8_matmul", "native")
+        found.append((weight, _wide(scale), _wide(bias)))
+    return tuple(found)
+
+
+def _wide(factors: Tensor | None) -> Tensor | None:
+    return None if factors is None else factors.float()

@@ -1,0 +1,204 @@
+"""Half a block in one compiled call: the same as its parts one after the other, wherever it takes their place."""
+
+import pytest
+import torch
+
+from seqmix.core.state import concatenate_rows, leaves
+from seqmix.kernels import decoding, missing
+from seqmix.linears import replace_layer
+from seqmix.linears.int8 import Int8
+from seqmix.models import _decoding
+from seqmix.models.hf import create
+from seqmix.ops import record_forms
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+LAYOUTS = {
+    "plain": "2x[attention]",
+    "grouped": "2x[attention(key_heads=2)]",
+    "own_heads": "2x[attention(head_width=20, bias=true, output_bias=true, scale=0.3)]",
+    "part_turns": "2x[attention(rotary=0.4, key_heads=3)]",
+    "long_texts": "2x[attention(rope_factor=2.0, rope_original=8)]",
+    "no_positions": "2x[attention(rope_base=none)]",
+    "hybrid": "[mamba2, attention, attention(window=8)]",
+    "biases": "2x[attention / glu(bias=true)]",
+    "no_channel": "2x[attention / none]",
+}
+
+
+def build(layout, dtype=torch.float32, width=60):
+    model = create(layout, width=width, heads=6, vocabulary=50).eval().model
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.15, generator=generator)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Runs a function with every part of a block called on its own."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(_decoding, "MOST", 0)
+            return function()
+
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the compiled calls."""
+    seen = []
+    for name in ("attention_step", "gated_step"):
+        real = getattr(decoding, name)
+
+        def counted(*inputs, name=name, real=real):
+            seen.append(name)
+            return real(*inputs)
+
+        monkeypatch.setattr(decoding, name, counted)
+    return seen
+
+
+def decode(model, ids, first, pieces):
+    """Logits of all tokens, the first ones read at once and the others in pieces."""
+    with torch.inference_mode():
+        logits, state = model(ids[:, :first])
+        found, place = [logits], first
+        for length in pieces:
+            logits, state = model(ids[:, place : place + length], state)
+            found.append(logits)
+            place += length
+    return torch.cat(found, dim=1), state
+
+
+def tokens(rows, length):
+    return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_what_the_parts_compute(layout, without, calls):
+    model, ids, pieces = build(LAYOUTS[layout]), tokens(3, 100), (1, 1, 3, 1, 20)
+    got, after = decode(model, ids, 70, pieces)
+    assert calls
+    wanted, same = without(lambda: decode(model, ids, 70, pieces))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(leaves(after), leaves(same), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_weights_of_few_bits_and_halves(kind, without, calls):
+    model = build("2x[attention(key_heads=3)]")
+    if kind == "int8":
+        for name in (
+            "mixer.query",
+            "mixer.value",
+            "mixer.output",
+            "channel.gate",
+            "channel.output",
+        ):
+            place = f"backbone.blocks.1.{name}"
+            replace_layer(model, place, Int8.of(model.get_submodule(place)))
+    else:
+        model = model.bfloat16()
+    ids, pieces = tokens(2, 100), (1, 9, 1)
+    with record_forms() as forms:
+        got, _ = decode(model, ids, 80, pieces)
+    assert calls.count("attention_step") == calls.count("gated_step") == 2 * len(pieces)
+    assert ("attention", "native") in forms
+    assert (("int8_matmul", "native") in forms) == (kind == "int8")
+    wanted, _ = without(lambda: decode(model, ids, 80, pieces))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if kind == "int8" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(got, wanted, **tolerance)
+
+
+def test_texts_of_several_lengths_go_on_together(calls):
+    model, ids = build("2x[attention(key_heads=2)]"), tokens(2, 700)
+    with torch.inference_mode():
+        states = [model(ids[:1, :9])[1], model(ids[1:, :650])[1]]
+        state, found = concatenate_rows(states), []
+        for step in range(3):
+            now = torch.stack([ids[0, 9 + step], ids[1, 650 + step]]).unsqueeze(1)
+            logits, state = model(now, state)
+            found.append(logits)
+        found = torch.cat(found, dim=1)
+        assert calls
+        for row, first in ((0, 9), (1, 650)):
+            wanted = model(ids[row : row + 1, : first + 3])[0][0, first:]
+            torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_stays_as_it_was():
+    model, ids = build("attention"), tokens(1, 30)
+    with torch.inference_mode():
+        _, state = model(ids[:, :20])
+        kept = [leaf.clone() for leaf in leaves(state)]
+        first, _ = model(ids[:, 20:21], state)
+        model(ids[:, 25:26], state)  # a fork, which must not write into the first one's keys
+        again, after = model(ids[:, 20:21], state)
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+        for leaf, before in zip(leaves(state), kept, strict=True):
+            torch.testing.assert_close(leaf, before, rtol=0, atol=0)
+        wanted = model(ids[:, :22])[0][:, 21:]
+        torch.testing.assert_close(model(ids[:, 21:22], after)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    model, ids = build("2x[attention(key_heads=2)]"), tokens(1, 2000)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                torch.set_num_threads(1)
+                _, state = model(ids[:, :1999])
+                torch.set_num_threads(threads)
+                found.append(model(ids[:, 1999:], state)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_who_wants_to_see_the_parts_sees_them(calls):
+    model, ids, seen = build("attention"), tokens(1, 82), []
+    block = model.backbone.blocks[0]
+    hooks = [
+        part.register_forward_hook(lambda *given: seen.append(given))
+        for part in (block.mixer.value, block.channel.up)
+    ]
+    decode(model, ids, 80, (1, 1))
+    assert len(seen) == 2 * 3
+    assert not calls
+    for hook in hooks:
+        hook.remove()
+    decode(model, ids, 80, (1, 1))
+    assert calls == ["attention_step", "gated_step"] * 2
+
+
+def test_gradients_and_tracers_go_through_the_parts(calls):
+    model, ids = build("attention"), tokens(1, 12)
+    _, state = model(ids[:, :10])
+    logits, _ = model(ids[:, 10:], state)
+    logits.sum().backward()
+    assert model.backbone.blocks[0].mixer.key.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(ids[:, 10:], model(ids[:, :10])[1])
+    assert not calls
+
+
+def test_nan_of_one_text_stays_there():
+    model, ids = build("attention"), tokens(2, 12)
+    with torch.inference_mode():
+        _, state = model(ids[:, :10])
+        wanted, _ = model(ids[:, 10:11], state)
+        for leaf in leaves(state):
+            if leaf.ndim == 4:
+                leaf[0, 3] = torch.nan
+        got, _ = model(ids[:, 10:11], state)
+    assert got[0].isnan().all()
+    torch.testing.assert_close(got[1], wanted[1], rtol=0, atol=0)
