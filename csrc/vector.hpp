@@ -53,7 +53,8 @@ inline void from_float(float value, bfloat16& x) {
     x.bits = is_nan ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline Vector broadcast(float x) { return Vector{} + x; }
+// Nothing is taken off, which compilers leave out; adding nothing they would do, for it makes -0 a 0.
+inline Vector broadcast(float x) { return x - Vector{}; }
 
 inline Vector load(const float* from) {
     Vector x;

@@ -13,12 +13,13 @@ from seqmix.compress.two_four import distance
 from seqmix.compress.two_four import rounded as rounded_to
 from seqmix.core.errors import ConfigError
 from seqmix.core.numerics import relative_error
-from seqmix.linears.int4 import Int4, packed, rounded, unpacked
+from seqmix.linears.int4 import Int4, rounded
 from seqmix.linears.int8 import Int8
 from seqmix.linears.tied import Tied
 from seqmix.linears.two_four import TwoFour, two_largest
 from seqmix.mixers import MIXERS
 from seqmix.models.hf import SeqmixForCausalLM, create
+from seqmix.ops.int4_matmul import packed, unpacked
 
 CAUSAL = [name for name in MIXERS if MIXERS.get(name).causal]
 
@@ -127,7 +128,7 @@ def test_the_layers_can_be_chosen():
 
 @pytest.mark.parametrize("inputs", [32, 96])
 @torch.no_grad()
-def test_four_bits_are_two_to_a_byte_and_multiply_as_eight(inputs):
+def test_four_bits_are_two_to_a_byte_and_no_copy_is_kept(inputs):
     dense = nn.Linear(inputs, 20)
     layer = Int4.of(dense, *four_bits(dense.weight, 32))
     assert layer.codes.numel() == dense.weight.numel() / 2
@@ -140,6 +141,51 @@ def test_four_bits_are_two_to_a_byte_and_multiply_as_eight(inputs):
     again.load_state_dict(layer.state_dict())
     assert again(x).equal(layer(x))
     assert copy.deepcopy(layer)(x).equal(layer(x))
+    assert all(not isinstance(value, torch.Tensor | nn.Module) for value in vars(layer).values())
+    assert bytes_of(layer) < dense.weight.numel()
+    activations = 4 * 3 * (inputs + 20)
+    assert layer.cost(3).bytes - activations == layer.codes.numel() + layer.factors.numel()
+
+
+@torch.no_grad()
+def test_a_layer_of_four_bits_follows_its_tensors_and_trains_its_inputs():
+    layer = Int4.of(nn.Linear(64, 20), *four_bits(torch.randn(20, 64), 32))
+    x = torch.randn(3, 64)
+    y = layer(x)
+    layer.codes.copy_(layer.codes.flip(0))
+    layer.factors.copy_(layer.factors.flip(0))
+    layer.scale.copy_(layer.scale.flip(0))
+    layer.bias.copy_(layer.bias.flip(0))
+    assert relative_error(layer(x), y.flip(1)) < 1e-5
+    assert layer(x[:0]).shape == (0, 20)
+    with torch.enable_grad():
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    assert relative_error(gradient, layer.to_dense().weight.sum(0).expand(3, 64)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_shared_table_of_four_bits_costs_half_of_one_of_eight():
+    model = create("1x[attention]", width=64, vocabulary=1000).eval()
+    eight, four = (quantized(model, recipe)[0].model.head for recipe in ("int8", "int4"))
+    activations = 4 * (64 + 1000)
+    assert eight.cost(1).bytes - activations == 64 * 1000
+    assert four.cost(1).bytes - activations == (64 / 2 + 1) * 1000
+
+
+def test_models_saved_before_are_read_as_they_were():
+    """The first of two neighbours is in the low half, q as q + 8, and m as it is."""
+    assert packed(torch.tensor([[-8, 7, 1]], dtype=torch.int8)).tolist() == [[0xF0, 0x09]]
+    layer = Int4.of(
+        nn.Linear(4, 1, bias=False),
+        torch.tensor([[1, -2, 3, -4]], dtype=torch.int8),
+        torch.tensor([[5, 15]], dtype=torch.int8),
+        torch.tensor([0.5]),
+    )
+    assert layer.codes.tolist() == [[0x69, 0x4B]]
+    assert layer.factors.tolist() == [[0xF5]]
+    assert layer.to_dense().weight.tolist() == [[2.5, -5.0, 22.5, -30.0]]
+    assert layer(torch.eye(4)).flatten().tolist() == [2.5, -5.0, 22.5, -30.0]
 
 
 def test_whole_numbers_survive_packing():

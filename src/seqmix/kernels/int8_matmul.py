@@ -1,4 +1,4 @@
-"""Products of few tokens with weights of 8 bits, compiled (csrc/int8_matmul.cpp)."""
+"""Products with weights of 8 bits, compiled (csrc/int8_matmul.cpp)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from seqmix.kernels._custom import columns_contiguous, custom_operator, needs_no
 from seqmix.kernels._native import native
 from seqmix.kernels.sparse_matmul import without_gradients
 
-FEW = 0 if native is None else native.int8_matmul_few()  # tokens of all texts, at most
-WIDEST = 16  # floats of a vector
-
 
 def why_not(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> str | None:
     """Why the compiled kernel cannot run; None if it can."""
-    tokens = x.shape[0] * x.shape[1]
-    if reason := without_gradients(x, scale, bias):
-        return reason
-    if tokens > FEW:
-        return f"{tokens} tokens are more than {FEW}, and from there on a dense product is faster"
-    return None
+    return without_gradients(x, scale, bias)
 
 
 def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,14 +22,18 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     return y
 
 
+def workspace(x: Tensor, threads: int) -> Tensor:
+    """What the kernels for dense weights of few bits work in."""
+    tokens = x.shape[0] * x.shape[1]
+    return torch.empty(native.weight_matmul_workspace(tokens, x.shape[2], threads))
+
+
 def _run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    x = columns_contiguous(x)
+    x, threads = columns_contiguous(x), torch.get_num_threads()
     y = _fake(x, weight, scale, bias)
-    tokens, inputs = x.shape[0] * x.shape[1], x.shape[2]
-    panel = torch.empty(tokens, -(-inputs // WIDEST) * WIDEST)
     weight, scale = weight.contiguous(), scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    native.int8_matmul(x, weight, scale, bias, y, panel, torch.get_num_threads())
+    native.int8_matmul(x, weight, scale, bias, y, workspace(x, threads), threads)
     return y
 
 

@@ -1,8 +1,7 @@
 """A weight of 4 bits: W_oi = scale_o m_og q_oi, g the group of neighbouring inputs that i is in.
 
-q are whole numbers from -7 to 7, m from 1 to 15, both kept two to a byte. Their product is a whole number of 8 bits, so
-the layer multiplies as one of `seqmix.linears.int8`, which it makes at the first call and never saves. Embedding tables
-are kept the same way.
+q are whole numbers from -7 to 7, m from 1 to 15, both kept two to a byte, and multiplied with as they are. Embedding
+tables are kept the same way.
 """
 
 from __future__ import annotations
@@ -12,32 +11,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.linears._expanded import Expanded
-
-ZERO = 8  # codes are kept as q + 8
-
-
-def packed(codes: Tensor) -> Tensor:
-    """Whole numbers [O, I] from -8 to 7, two to a byte, [O, ceil(I / 2)]."""
-    low, high = (
-        nn.functional.pad(codes + ZERO, (0, codes.shape[1] % 2))
-        .view(torch.uint8)
-        .view(len(codes), -1, 2)
-        .unbind(-1)
-    )
-    return low | (high << 4)
+from seqmix.linears._linear import Replacement, in_rows
+from seqmix.linears.int8 import Int8
+from seqmix.ops.int4_matmul import ZERO, int4_matmul, packed, whole
 
 
-def unpacked(bytes_: Tensor, count: int) -> Tensor:
-    """The first `count` whole numbers of every row, [..., count] in int8."""
-    both = torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten(-2)
-    return both[..., :count].view(torch.int8) - ZERO
-
-
-class Int4(Expanded):
+class Int4(Replacement):
     """In the place of a linear layer (`role="linear"`), or of an embedding (`role="embedding"`).
 
+    `seqmix.ops.int4_matmul` says what is computed: compiled on a CPU, as a dense product where gradients are wanted.
     `input_bits` rounds the inputs, with a step for every group of every token, before they are multiplied.
     """
 
@@ -126,9 +110,7 @@ class Int4(Expanded):
         codes, factors = (
             (self.codes, self.factors) if rows is None else (self.codes[rows], self.factors[rows])
         )
-        q = unpacked(codes, self.in_features).unflatten(-1, (-1, self.group))
-        m = unpacked(factors, self.in_features // self.group) + ZERO
-        return (q * m.unsqueeze(-1)).flatten(-2)
+        return whole(codes, factors, self.in_features, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids [...] or activations [..., inputs], to [..., width] or [..., outputs]."""
@@ -140,8 +122,26 @@ class Int4(Expanded):
         """y = W x + b, whichever the role."""
         if self.input_bits is not None:
             x = rounded(x, self.input_bits, self.group)
-        y: Tensor = self.expanded().product(x)
-        return y
+        if not x.numel():  # as an expert that no token has chosen
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        rows = in_rows(x, self.in_features)
+        y = int4_matmul(rows, self.codes, self.factors, self.scale, self.bias, group=self.group)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def to_dense(self) -> nn.Linear | nn.Embedding:
+        return Int8(self.whole(), self.scale, self.bias, role=self.role).to_dense()
+
+    def cost(self, length: int) -> Cost:
+        """Half a byte per weight, and per factor of a group; the activations count once."""
+        if self.role == "embedding":
+            return Cost(bytes=length * (self.codes.shape[1] + self.factors.shape[1]))
+        return self.product_cost(length)
+
+    def product_cost(self, length: int) -> Cost:
+        weights = self.in_features * self.out_features
+        moved = 4.0 * length * (self.in_features + self.out_features)
+        stored = self.codes.numel() + self.factors.numel()
+        return Cost(flops=2.0 * length * weights, bytes=stored + moved)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, group={self.group}, role={self.role!r}"

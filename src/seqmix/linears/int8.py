@@ -101,6 +101,10 @@ class Int8(Replacement):
         """A byte per weight; the activations count once."""
         if self.role == "embedding":
             return Cost(bytes=length * self.in_features)
+        return self.product_cost(length)
+
+    def product_cost(self, length: int) -> Cost:
+        """That of `product`, which a tied head calls whatever the role."""
         weights = self.in_features * self.out_features
         moved = 4.0 * length * (self.in_features + self.out_features)
         return Cost(flops=2.0 * length * weights, bytes=weights + moved)

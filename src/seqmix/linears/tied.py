@@ -37,10 +37,8 @@ class Tied(Replacement):
         return dense
 
     def cost(self, length: int) -> Cost:
-        table = self._table[0]
-        weights = table.in_features * table.out_features
-        moved = 4.0 * length * (table.in_features + table.out_features)
-        return Cost(flops=2.0 * length * weights, bytes=weights + moved)
+        cost: Cost = self._table[0].product_cost(length)
+        return cost
 
 
 LINEAR = Tied

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from seqmix.core.cost import Cost, matmul_cost
 from seqmix.core.errors import ConfigError
 from seqmix.linears._linear import Replacement
-from seqmix.linears.int4 import ZERO, packed, rounded, unpacked
+from seqmix.linears.int4 import rounded
+from seqmix.ops.int4_matmul import ZERO, packed, unpacked
 
 
 class TwinLog(Replacement):

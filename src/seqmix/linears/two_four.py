@@ -14,9 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from seqmix.core.cost import Cost
 from seqmix.core.errors import ConfigError
-from seqmix.linears._expanded import Expanded
-from seqmix.linears.int4 import packed, unpacked
+from seqmix.linears._linear import Replacement
+from seqmix.linears.int8 import Int8
+from seqmix.ops.int4_matmul import packed, unpacked
 
 GROUP, KEPT = 4, 2
 PLACES_PER_BYTE = 4
@@ -34,13 +36,16 @@ def two_largest(weight: Tensor, unit: int = 1) -> Tensor:
     return mask.flatten(1).repeat_interleave(unit, dim=1)
 
 
-class TwoFour(Expanded):
+class TwoFour(Replacement):
     """values [O, I / 2] in int8 or two to a byte, their places four to a byte, and a factor per output."""
 
     values: Tensor
     places: Tensor
     scale: Tensor
     bias: Tensor | None
+    _expanded: Any = (
+        None  # what the tensors were when it was made, and the layer with a byte per weight
+    )
 
     def __init__(
         self,
@@ -112,10 +117,28 @@ class TwoFour(Expanded):
         groups = kept.new_zeros(self.out_features, kept.shape[1], GROUP, self.unit)
         return groups.scatter_add(2, index, kept).flatten(1)
 
+    def expanded(self) -> Int8:
+        """The same layer with a byte per weight, of the tensors as they are now."""
+        key = tuple((tensor.data_ptr(), tensor._version) for tensor in self.buffers(recurse=False))
+        if self._expanded is None or self._expanded[0] != key:
+            self._expanded = (key, Int8(self.whole(), self.scale, self.bias))
+        made: Int8 = self._expanded[1]
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] to y [..., outputs]."""
         y: Tensor = self.expanded().product(x)
         return y
+
+    def to_dense(self) -> nn.Module:
+        return self.expanded().to_dense()
+
+    def cost(self, length: int) -> Cost:
+        """That of the layer which it becomes: what it multiplies with is a whole byte per weight."""
+        return self.expanded().cost(length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_expanded": None}  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, unit={self.unit}"

@@ -77,7 +77,7 @@ def definition(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 
 def dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The weight as floats, and one product: what training and many tokens take."""
+    """The weight as floats, and one product: what training takes."""
     y = F.linear(x, weight.to(x.dtype)) * scale
     return y if bias is None else y + bias
 
@@ -132,10 +132,13 @@ OPERATOR = Operator(
         Case("bias", {**SIZES, "I": 21, "O": 133}, {"bias": True}),
         Case("few", {**SIZES, "T": 3, "O": 19}, {"bias": True}),
         Case("fifteen", {**SIZES, "B": 3, "T": 5, "I": 130, "O": 300}),
+        Case("strips", {**SIZES, "T": 53, "I": 577, "O": 70}),
+        Case("nine", {**SIZES, "B": 3, "T": 3, "I": 65, "O": 33}, {"bias": True}),
         Case("one", {"B": 1, "T": 1, "I": 7, "O": 5}),
     ],
     timing=[
         Case("prefill", TIMING),
+        Case("batch", {**TIMING, "T": 32}),
         Case("decode", {**TIMING, "T": 1}),
         Case("head", {**TIMING, "T": 1, "O": 49152}),
     ],
