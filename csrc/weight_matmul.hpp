@@ -12,8 +12,10 @@ namespace seqmix {
 
 constexpr int64_t FEW = 8;                                // tokens for which W is not turned, at most
 constexpr int64_t WEIGHT_STRIP = BLOCK_VECTORS * WIDTH;   // outputs that are turned together
+constexpr int64_t DEPTH = 288;                             // inputs, which fit into the first cache so with their tokens
 constexpr int TOGETHER = 6;                               // tokens whose sums are in registers with those of a strip
 constexpr int64_t TASK_TOKENS = 96, TASK_FLOATS = 1 << 16;  // of a task, at most, so that its inputs stay in cache
+constexpr int64_t TASK_PRODUCTS = 1 << 17;                // at least, about: waking a thread takes as long
 constexpr int64_t LINE = 64, AHEAD = 4096;                // bytes of a line of cache, and how far ahead one is fetched
 
 // [O], [O] or null.
@@ -21,14 +23,14 @@ struct Factors {
     const float *scale, *bias;
 };
 
-// What threads work in: the inputs of all tokens as floats, and for each thread a strip of W as floats and as bytes.
+// What threads work in: the inputs of all tokens, and for each thread a strip of W as bytes and some of it as floats.
 struct Workspace {
     int64_t stride, tokens, strip;  // in floats
     float* floats;
 
     Workspace(int64_t tokens, int64_t inputs, float* floats)
         : stride(round_up(inputs)), tokens(tokens * stride),
-          strip((tokens > FEW ? WEIGHT_STRIP : 0) * stride + WEIGHT_STRIP * stride / 4), floats(floats) {}
+          strip(WEIGHT_STRIP * (stride / 4 + DEPTH)), floats(floats) {}
 
     int64_t size(int threads) const { return tokens + threads * strip; }
     int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(floats + tokens + thread * strip); }
@@ -100,31 +102,33 @@ inline void few_results(const int8_t* weight, int64_t inputs, const Factors& fac
     }
 }
 
-// turned[i * WEIGHT_STRIP + o] = W_oi for `count` outputs whose rows begin at `weight`, zero for the rest of the strip.
-inline void turn_strip(const int8_t* weight, int64_t inputs, int64_t count, float* turned) {
+// turned[i * WEIGHT_STRIP + o] = W_oi for i < depth and `count` outputs, zero for the rest of the strip. Rows of W are
+// `inputs` apart.
+inline void turn_strip(const int8_t* weight, int64_t inputs, int64_t depth, int64_t count, float* turned) {
     for (int64_t o = 0; o < WEIGHT_STRIP; o += WIDTH)
-        for (int64_t i = 0; i < inputs; i += WIDTH) {
+        for (int64_t i = 0; i < depth; i += WIDTH) {
             const int8_t* from = weight + o * inputs + i;
             if (i % LINE == 0)
                 for (int j = 0; j < WIDTH; ++j) __builtin_prefetch(from + (WEIGHT_STRIP + j) * inputs);
             Vector lines[WIDTH];
-            if (inputs - i >= WIDTH && count - o >= WIDTH) {
+            if (depth - i >= WIDTH && count - o >= WIDTH) {
                 for (int j = 0; j < WIDTH; ++j) lines[j] = load_whole(from + j * inputs);
             } else {
                 for (int j = 0; j < WIDTH; ++j)
-                    lines[j] = o + j < count ? load_some_whole(from + j * inputs, inputs - i) : Vector{};
+                    lines[j] = o + j < count ? load_some_whole(from + j * inputs, depth - i) : Vector{};
             }
             transpose_vectors(lines);
             for (int j = 0; j < WIDTH; ++j) store(turned + (i + j) * WEIGHT_STRIP + o, lines[j]);
         }
 }
 
-// The outputs of a turned strip for TOGETHER tokens.
-template <class T>
-inline void strip_results(const float* turned, int64_t inputs, const Factors& factors, int64_t first, int64_t count,
-                          const float* x, int64_t stride, T* const* to) {
+// sums[t][o] += sum_i turned[i][o] x_t[i] for TOGETHER tokens, or = where `begins`.
+inline void add_strip(const float* turned, int64_t depth, const float* x, int64_t stride, bool begins, float* sums) {
     Vector total[TOGETHER][BLOCK_VECTORS] = {};
-    for (int64_t i = 0; i < inputs; ++i) {
+    if (!begins)
+        for (int t = 0; t < TOGETHER; ++t)
+            for (int v = 0; v < BLOCK_VECTORS; ++v) total[t][v] = load(sums + t * WEIGHT_STRIP + v * WIDTH);
+    for (int64_t i = 0; i < depth; ++i) {
         Vector line[BLOCK_VECTORS];
         for (int v = 0; v < BLOCK_VECTORS; ++v) line[v] = load(turned + i * WEIGHT_STRIP + v * WIDTH);
         for (int t = 0; t < TOGETHER; ++t) {
@@ -133,8 +137,32 @@ inline void strip_results(const float* turned, int64_t inputs, const Factors& fa
         }
     }
     for (int t = 0; t < TOGETHER; ++t)
-        for (int v = 0; v < BLOCK_VECTORS && v * WIDTH < count; ++v)
-            finish(total[t][v], factors, first + v * WIDTH, count - v * WIDTH, to[t]);
+        for (int v = 0; v < BLOCK_VECTORS; ++v) store(sums + t * WEIGHT_STRIP + v * WIDTH, total[t][v]);
+}
+
+// A strip of outputs, whose rows begin at `weight`, for at least TOGETHER tokens; the last of them in one group with
+// some that are in the group before as well.
+template <class T>
+inline void strip_results(const int8_t* weight, int64_t inputs, const Factors& factors, int64_t first, int64_t count,
+                          const float* x, int64_t stride, int64_t tokens, float* turned, T* const* to) {
+    constexpr int64_t GROUPS = TASK_TOKENS / TOGETHER;
+    float sums[GROUPS * TOGETHER * WEIGHT_STRIP];
+    const int64_t groups = (tokens + TOGETHER - 1) / TOGETHER;
+    auto begin = [&](int64_t group) {
+        return (group + 1) * TOGETHER <= tokens ? group * TOGETHER : tokens - TOGETHER;
+    };
+    for (int64_t from = 0; from < inputs; from += DEPTH) {
+        const int64_t depth = inputs - from < DEPTH ? inputs - from : DEPTH;
+        turn_strip(weight + from, inputs, depth, count, turned);
+        for (int64_t group = 0; group < groups; ++group)
+            add_strip(turned, depth, x + begin(group) * stride + from, stride, from == 0,
+                      sums + group * TOGETHER * WEIGHT_STRIP);
+    }
+    for (int64_t group = 0; group < groups; ++group)
+        for (int t = 0; t < TOGETHER; ++t)
+            for (int v = 0; v < BLOCK_VECTORS && v * WIDTH < count; ++v)
+                finish(load(sums + (group * TOGETHER + t) * WEIGHT_STRIP + v * WIDTH), factors, first + v * WIDTH,
+                       count - v * WIDTH, to[begin(group) + t]);
 }
 
 // panel[t * stride + i] = x_t[i], zero up to whole vectors.
@@ -166,12 +194,13 @@ void multiply_weight(const Tensor& x, const Factors& factors, const Tensor& y, c
     int64_t most = TASK_FLOATS / stride;
     most = most < 2 * TOGETHER ? 2 * TOGETHER : most < TASK_TOKENS ? most : TASK_TOKENS;
     const int64_t tiles = (tokens + most - 1) / most;  // all of them of at least TOGETHER tokens, unless these are few
-    const int64_t shares = strips < 8 * threads ? strips : 8 * threads;
+    int64_t shares = tokens * inputs * outputs / TASK_PRODUCTS / tiles + 1;
+    shares = shares < 8 * threads ? shares : 8 * threads;
+    shares = shares < strips ? shares : strips;
     for_each_task(tiles * shares, threads, [&](int64_t task, int thread) {
         const int64_t tile = task / shares, share = task % shares;
         const int64_t begin = tokens * tile / tiles, here = tokens * (tile + 1) / tiles - begin;
         const float* panel = workspace.floats + begin * stride;
-        float* turned = workspace.turned(thread);
         T* to[TASK_TOKENS];
         results.addresses(begin, here, to);
         for (int64_t strip = strips * share / shares; strip < strips * (share + 1) / shares; ++strip) {
@@ -189,11 +218,7 @@ void multiply_weight(const Tensor& x, const Factors& factors, const Tensor& y, c
                 if (t < here) run(Rows<1>{});
                 continue;
             }
-            turn_strip(weight, inputs, count, turned);
-            for (; t < here; t += TOGETHER) {  // the last ones together with some that are done
-                const int64_t from = t + TOGETHER <= here ? t : here - TOGETHER;
-                strip_results(turned, inputs, factors, first, count, panel + from * stride, stride, to + from);
-            }
+            strip_results(weight, inputs, factors, first, count, panel, stride, here, workspace.turned(thread), to);
         }
     });
 }

@@ -9,11 +9,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from seqmix.kernels import linear_attention as linear_kernel
 from seqmix.kernels import missing
+from seqmix.kernels._native import native
 from seqmix.kernels.delta_rule import delta_rule as delta_kernel
 from seqmix.kernels.selective_scan import selective_scan as scan_kernel
 from seqmix.kernels.selective_scan import selective_scan_update
 from seqmix.kernels.short_convolution import short_convolution_update
-from seqmix.ops import attention, delta_rule, diagonal_scan, linear_attention, short_convolution
+from seqmix.ops import (
+    attention,
+    delta_rule,
+    diagonal_scan,
+    int4_matmul,
+    int8_matmul,
+    linear_attention,
+    short_convolution,
+)
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 LENGTHS = [5, 20]  # without PyTorch's dispatcher, and with it
@@ -174,3 +183,58 @@ def test_a_history_of_nothing():
     y, last = short_convolution(x, torch.ones(3, 1), form="native", output_final_state=True)
     assert torch.equal(y, x)
     assert last.shape == (2, 0, 3)
+
+
+def few_bits(inputs, outputs, group):
+    """Products with weights of 8 and of 4 bits, as functions of x [1, T, I]."""
+    bytes_ = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    codes, factors = (
+        torch.randint(256, (outputs, -(-count // 2)), dtype=torch.uint8)
+        for count in (inputs, inputs // group)
+    )
+    scale = torch.rand(outputs)
+    return (
+        lambda x, **options: int8_matmul(x, bytes_, scale, **options),
+        lambda x, **options: int4_matmul(x, codes, factors, scale, group=group, **options),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 8, 9, 13, 97, 200])
+@pytest.mark.parametrize(("inputs", "outputs", "group"), [(320, 33, 32), (2005, 17, 5)])
+def test_products_with_weights_of_few_bits_keep_tokens_apart(tokens, inputs, outputs, group):
+    """For few tokens and for many, with groups that overlap at the end of a tile, in either dtype."""
+    for multiply in few_bits(inputs, outputs, group):
+        x = torch.randn(1, tokens, inputs)
+        wanted = multiply(x, form="dense")
+        got = multiply(x, form="native")
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        halves = multiply(x.bfloat16(), form="native")
+        assert halves.equal(multiply(x.bfloat16().float(), form="native").bfloat16())
+        turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert multiply(turned, form="native").equal(got)
+        x[0, tokens // 2, inputs // 3] = torch.nan
+        spoilt = multiply(x, form="native")
+        assert spoilt[0, tokens // 2].isnan().all()
+        others = torch.arange(tokens) != tokens // 2
+        assert spoilt[0, others].equal(got[0, others])
+
+
+def test_weights_of_few_bits_that_do_not_fit_are_refused_before_memory_is_left():
+    x, y, scale = torch.ones(1, 2, 64), torch.empty(1, 2, 3), torch.ones(3)
+    room = torch.empty(native.weight_matmul_workspace(2, 64, 1))
+    weight, codes, factors = (
+        torch.zeros(3, width, dtype=dtype)
+        for width, dtype in ((64, torch.int8), (32, torch.uint8), (1, torch.uint8))
+    )
+    with pytest.raises(ValueError, match="the weight is"):
+        native.int8_matmul(x, weight[:2], scale, None, y, room, 1)
+    with pytest.raises(ValueError, match="too small"):
+        native.int8_matmul(x, weight, scale, None, y, room[1:], 1)
+    with pytest.raises(ValueError, match="the codes are"):
+        native.int4_matmul(x, codes[:, 1:], factors, scale, None, y, 32, room, 1)
+    with pytest.raises(ValueError, match="the factors are"):
+        native.int4_matmul(x, codes, factors, scale, None, y, 16, room, 1)
+    with pytest.raises(ValueError, match="group divides"):
+        native.int4_matmul(x, codes, factors, scale, None, y, 0, room, 1)
+    with pytest.raises(ValueError, match="too small"):
+        native.int4_matmul(x, codes, factors, scale, None, y, 32, room, 2)

@@ -105,7 +105,8 @@ def whole(codes: Tensor, factors: Tensor, inputs: int, group: int) -> Tensor:
     """m q [..., I], which fits into int8."""
     q = unpacked(codes, inputs).unflatten(-1, (-1, group))
     m = unpacked(factors, inputs // group) + ZERO
-    return (q * m.unsqueeze(-1)).flatten(-2)
+    product: Tensor = q * m.unsqueeze(-1)
+    return product.flatten(-2)
 
 
 def definition(
