@@ -24,8 +24,8 @@ def pages(docs: Path) -> dict[str, str]:
 def write_page(name: str, docs: Path) -> str:
     """One of the pages `NAMES`, as Markdown. `docs` holds the kept results.
 
-    They are `claims/ID.json` of `seqmix reproduce`, `speed.json` of `seqmix bench --floors`, `serving.json` of `seqmix
-    bench --server`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
+    They are `claims/ID.json` of `seqmix reproduce`, `speed.json` of `seqmix bench --floors`, `serving/NAME.json`, the
+    serving.json of `seqmix bench --server`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
     """
     return "\n".join(_WRITERS[name](docs))
 
@@ -184,7 +184,7 @@ def _speed(docs: Path) -> Iterator[str]:
     path = docs / "speed.json"
     if not path.exists():
         yield "No run is kept.\n"
-        yield from _serving(docs / "serving.json")
+        yield from _serving(docs)
         return
     record = json.loads(path.read_text())
     rows = [floor_cells(floor) for floor in record["floors"]]
@@ -206,21 +206,20 @@ def _speed(docs: Path) -> Iterator[str]:
         ["what", "against", "sizes", "ratio", "ours, ms", "the other, ms"],
         [_size(row) for row in record["rows"] if "skipped" not in row],
     )
-    yield from _serving(docs / "serving.json")
+    yield from _serving(docs)
 
 
-def _serving(path: Path) -> Iterator[str]:
-    if not path.exists():
-        return
-    record = json.loads(path.read_text())
-    machine = record["machine"]
-    yield "\n## Servers\n"
-    yield (
-        "What clients of servers measured (`seqmix bench --server`), streams of different passages at once; medians of "
-        f"{record['rounds']} rounds in which the servers took turns. {machine['cpu']}, {machine['cores']} cores, "
-        f"{record['date']}, commit {machine.get('commit') or 'unknown'}. {record.get('note', '')}\n"
-    )
-    yield from _table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
+def _serving(docs: Path) -> Iterator[str]:
+    for path in sorted((docs / "serving").glob("*.json")):
+        record = json.loads(path.read_text())
+        machine = record["machine"]
+        yield f"\n## Servers: {path.stem.replace('-', ' ')}\n"
+        yield (
+            "What clients of servers measured (`seqmix bench --server`), streams of different passages at once; medians "
+            f"of {record['rounds']} rounds in which the servers took turns. {machine['cpu']}, {machine['cores']} cores, "
+            f"{record['date']}, commit {machine.get('commit') or 'unknown'}.\n"
+        )
+        yield from _table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
 
 
 def _size(row: Record) -> list[str]:

@@ -44,6 +44,9 @@ def run(
         list[int] | None,
         typer.Option(help="Tokens of their prompts, about; 128 by default.", show_default=False),
     ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds with servers, after one that warms up.")
+    ] = 3,
     quick: Annotated[
         bool, typer.Option("--quick", help="Short texts and few repeats: shows that it runs.")
     ] = False,
@@ -73,7 +76,7 @@ def run(
     from seqmix.measure.curves import LENGTHS
 
     if server:
-        _time_servers(server, streams or [1, 8, 32], prompt_tokens or [128], out, json)
+        _time_servers(server, streams or [1, 8, 32], prompt_tokens or [128], rounds, out, json)
         return
     if threads is not None:
         torch.set_num_threads(threads)
@@ -105,7 +108,12 @@ def run(
 
 
 def _time_servers(
-    servers: list[str], streams: list[int], prompt_tokens: list[int], out: Path, json: bool
+    servers: list[str],
+    streams: list[int],
+    prompt_tokens: list[int],
+    rounds: int,
+    out: Path,
+    json: bool,
 ) -> None:
     from seqmix.data.text import read_text
     from seqmix.measure.serving import Server, Workload, measure_servers
@@ -117,7 +125,7 @@ def _time_servers(
     named = [Server.parse(each) for each in servers]
     text = "\n".join(read_text("austen").documents)
     with work(resume="The same command measures again."):
-        record = measure_servers(named, workloads, text, out=out, say=say)
+        record = measure_servers(named, workloads, text, out=out, rounds=rounds, say=say)
     if json:
         print_json(record)
     else:
