@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmix.claims._attention_by import attention_by
 from seqmix.claims._claim import Claim, Finding, Run
+from seqmix.claims._finetuning import pretrained, windows
+from seqmix.claims._training import QUICK_TEXT
+from seqmix.core.numerics import relative_error
+from seqmix.core.state import Growing, State
 from seqmix.kernels import missing
 from seqmix.ops.attention import attention
 
 LARGEST_ERROR = 1e-5  # of the largest output, in float32
+LOGITS_ERROR = 1e-4  # of a whole model, relative, in float32
+ANGLES_ERROR = (
+    1e-3  # from transformers: the angle of a late position, in float32, is known to about as much
+)
 MEAN_SPEED_UP, LONGEST_SPEED_UP = 2.6, 8.33  # the paper's headline
 THREADS_SPEED_UP = 1.5
+MODEL_SPEED_UP = 1.05  # of a whole model; what attention's share allows is reported beside it
 
 
 def measure(run: Run) -> list[Finding]:
@@ -30,7 +42,7 @@ def measure(run: Run) -> list[Finding]:
                 "inconclusive",
             )
         ]
-    return [equal(run), faster(run), all_threads_help(run)]
+    return [equal(run), faster(run), all_threads_help(run), *whole_model(run)]
 
 
 def cache(heads: dict[str, int], length: int, batch: int, dtype: torch.dtype) -> list[Tensor]:
@@ -73,7 +85,7 @@ def equal(run: Run) -> Finding:
     )
 
 
-def milliseconds(ways: dict[str, Callable[[], Any]], seconds: float, most: int) -> dict[str, float]:
+def milliseconds(ways: dict[str, Any], seconds: float, most: int) -> dict[str, float]:
     """The median time of each, in turn, after a call that warms up."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
@@ -188,6 +200,148 @@ def all_threads_help(run: Run) -> Finding:
     )
 
 
+def torch_alone(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's fused attention where ours would be: of one query, which sees every key."""
+    return plain(q, k, v)
+
+
+TORCH: dict[str, Callable[..., Tensor]] = {
+    "torch": torch_alone,
+    "torch, heads of a group as rows": partial(attention, form="sdpa"),
+}
+WAYS = {"pieces": partial(attention, form="native"), **TORCH}
+
+
+class Models:
+    """One pretrained model in this package's blocks and in transformers, which have both read the same text."""
+
+    @torch.inference_mode()
+    def __init__(self, run: Run) -> None:
+        from seqmix.convert.hub import to_seqmix
+        from seqmix.data.text import read_text
+
+        self.theirs, tokenizer = pretrained(run)
+        self.ours = to_seqmix(self.theirs)
+        text = "".join(read_text(run["data"]).documents)
+        self.ids = windows(tokenizer, text, 1, run["read"] + 1)
+        self.state: State = self.ours.model(self.ids[:, :-1])[1]
+        self.cache = self.theirs(self.ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+
+    def contexts(self, length: int, batch: int) -> tuple[State, Any]:
+        """What both keep of the text, repeated until it is `length` tokens, in `batch` rows."""
+        times = length // (self.ids.shape[1] - 1)
+        state = [
+            {
+                name: Growing(block[name].tensor.repeat(batch, times, 1, 1))
+                for name in ("keys", "values")
+            }
+            | {"start": block["start"].repeat(batch)}
+            for block in self.state
+        ]
+        cache = [
+            tuple(x.repeat(batch, 1, times, 1) for x in (layer.keys, layer.values))
+            for layer in self.cache.layers
+        ]
+        return state, type(self.cache)(cache)
+
+    @torch.inference_mode()
+    def decode(self, length: int, batch: int, run: Run) -> dict[str, Any]:
+        """Logits and median times of one step in every way, and of what in it is attention."""
+        state, cache = self.contexts(length, batch)
+        token = self.ids[:, -1:].repeat(batch, 1)
+        inside: defaultdict[str, list[float]] = defaultdict(list)
+
+        def step(name: str) -> Tensor:
+            nonlocal state
+            with attention_by(WAYS[name]) as seconds:
+                logits, after = self.ours.model(token, state)
+            inside[name].append(sum(seconds) * 1e3)
+            if len(inside[name]) > 1:  # the first step of every way is after the same context
+                state = after
+            return logits
+
+        def theirs() -> Tensor:
+            return self.theirs(token, past_key_values=cache, use_cache=True).logits
+
+        def grow() -> None:
+            """What transformers does to its cache in each step: one longer copy of everything."""
+            for layer in cache.layers:
+                for x in (layer.keys, layer.values):
+                    torch.cat([x, x[:, :, -1:]], dim=2)
+
+        ways: dict[str, Any] = {name: partial(step, name) for name in WAYS}
+        ways["transformers"] = theirs
+        logits = {name: way() for name, way in ways.items()}
+        ways["transformers, growing its cache"] = grow
+        taken = milliseconds(ways, run["seconds of a context"], run["repeats"])
+        mine = logits.pop("pieces")
+        return {
+            "differences": {name: relative_error(mine, other) for name, other in logits.items()},
+            "milliseconds": taken,
+            "of which attention": {n: statistics.median(times[2:]) for n, times in inside.items()},
+        }
+
+
+def whole_model(run: Run) -> list[Finding]:
+    """Decoding with a pretrained model, each way in turn on the same context."""
+    models: list[Models] = []  # read once, and only if something is left to measure
+
+    def decode(length: int, batch: int) -> dict[str, Any]:
+        if not models:
+            models.append(Models(run))
+        return models[0].decode(length, batch, run)
+
+    table = {
+        f"{length} tokens, batch {batch}": run.remember(
+            f"model with {length} tokens, batch {batch}", partial(decode, length, batch)
+        )
+        for length, batch in run["contexts"]
+    }
+    return [equal_logits(run, table), faster_model(run, table)]
+
+
+def equal_logits(run: Run, table: dict[str, Any]) -> Finding:
+    differences = {case: row["differences"] for case, row in table.items()}
+    allowed = dict.fromkeys(TORCH, LOGITS_ERROR) | {"transformers": ANGLES_ERROR}
+    worst = {name: max(row[name] for row in differences.values()) for name in allowed}
+    return Finding(
+        "A whole model that decodes with it gives the same logits.",
+        f"logits of {run['model']} in float32 after every context, relative: at most {LOGITS_ERROR:g} from those of "
+        f"the same blocks with torch's attention, at most {ANGLES_ERROR:g} from those of transformers, which rounds "
+        "the angles of rotary positions otherwise",
+        {"largest": worst, "differences": differences},
+        "reproduced" if all(worst[n] <= allowed[n] for n in allowed) else "not reproduced",
+    )
+
+
+def faster_model(run: Run, table: dict[str, Any]) -> Finding:
+    """The gain of a whole step, beside what attention's own gain and its share of the step allow."""
+    rows = {}
+    for case, found in table.items():
+        step, inside = found["milliseconds"], found["of which attention"]
+        rows[case] = {
+            "times faster": {n: step[n] / step["pieces"] for n in (*TORCH, "transformers")},
+            "times faster attention": {n: inside[n] / inside["pieces"] for n in TORCH},
+            "times faster without attention": {n: step[n] / (step[n] - inside[n]) for n in TORCH},
+            "share of attention": {n: inside[n] / step[n] for n in WAYS},
+            "milliseconds": step,
+        }
+    late = [
+        row["times faster"]
+        for row, (length, _) in zip(rows.values(), run["contexts"], strict=True)
+        if length >= run["long"]
+    ]
+    least = min(gain for gains in late for gain in gains.values())
+    return Finding(
+        "A whole model decodes faster where the context is long.",
+        f"{run['model']} in float32, from {run['long']} tokens on, with every batch: at least {MODEL_SPEED_UP:g} times "
+        "as fast as the same blocks with torch's fused attention, as with it on the heads of a group as rows (one "
+        "pass over the keys), and as transformers",
+        {"least at long contexts": least, "by context": rows, "threads": torch.get_num_threads()},
+        "reproduced" if least >= MODEL_SPEED_UP else "not reproduced",
+    )
+
+
 HEADS = {
     "equal heads": {"queries": 4, "keys": 4, "width": 64},
     "grouped heads": {"queries": 9, "keys": 3, "width": 64},
@@ -210,6 +364,12 @@ CLAIM = Claim(
         "seconds": 0.05,
         "repeats": 5,
         "megabytes": 16,
+        "model": None,
+        "data": QUICK_TEXT,
+        "read": 32,
+        "contexts": [[64, 1], [128, 2]],
+        "long": 64,
+        "seconds of a context": 0.05,
     },
     full={
         "heads": HEADS,
@@ -220,5 +380,19 @@ CLAIM = Claim(
         "seconds": 3.0,
         "repeats": 200,
         "megabytes": 256,
+        "model": "smollm2-135m",
+        "data": "shakespeare",
+        "read": 1024,
+        "contexts": [
+            [1024, 1],
+            [4096, 1],
+            [16384, 1],
+            [65536, 1],
+            [1024, 4],
+            [4096, 4],
+            [16384, 4],
+        ],
+        "long": 16384,
+        "seconds of a context": 20.0,
     },
 )
