@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def measure(run: Run) -> list[Finding]:
     return [equal(run), faster(run), all_threads_help(run), *whole_model(run)]
 
 
-def cache(heads: dict[str, int], length: int, batch: int, dtype: torch.dtype) -> list[Tensor]:
+def operands(heads: dict[str, int], length: int, batch: int, dtype: torch.dtype) -> list[Tensor]:
     """q [B, 1, H, K], k and v [B, S, G, K], each head's keys together in memory, as caches of models hold them."""
     generator = torch.Generator().manual_seed(length)
     width = heads["width"]
@@ -63,7 +63,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def equal(run: Run) -> Finding:
     def error(name: str, length: int, batch: int) -> float:
-        q, k, v = cache(run["heads"][name], length, batch, torch.float32)
+        q, k, v = operands(run["heads"][name], length, batch, torch.float32)
         exact = plain(q.double(), k.double(), v.double())
         got = attention(q, k, v, form="native")
         return float((got - exact).abs().max() / exact.abs().max())
@@ -113,7 +113,7 @@ def faster(run: Run) -> Finding:
     @torch.no_grad()
     def times(name: str, length: int, dtype: torch.dtype) -> dict[str, float]:
         heads = run["heads"][name]
-        q, k, v = cache(heads, length, 1, dtype)
+        q, k, v = operands(heads, length, 1, dtype)
         taken = milliseconds(
             {
                 "pieces": lambda: attention(q, k, v, form="native"),
@@ -175,7 +175,7 @@ def all_threads_help(run: Run) -> Finding:
     @torch.no_grad()
     def times() -> dict[str, float]:
         before = torch.get_num_threads()
-        q, k, v = cache(
+        q, k, v = operands(
             {"queries": 1, "keys": 1, "width": 64}, run["single length"], 1, torch.float32
         )
 
@@ -284,16 +284,11 @@ class Models:
 
 def whole_model(run: Run) -> list[Finding]:
     """Decoding with a pretrained model, each way in turn on the same context."""
-    models: list[Models] = []  # read once, and only if something is left to measure
-
-    def decode(length: int, batch: int) -> dict[str, Any]:
-        if not models:
-            models.append(Models(run))
-        return models[0].decode(length, batch, run)
-
+    models = cache(lambda: Models(run))  # only if something is left to measure
     table = {
         f"{length} tokens, batch {batch}": run.remember(
-            f"model with {length} tokens, batch {batch}", partial(decode, length, batch)
+            f"model with {length} tokens, batch {batch}",
+            lambda n=length, b=batch: models().decode(n, b, run),
         )
         for length, batch in run["contexts"]
     }
