@@ -43,7 +43,7 @@ def measure(run: Run) -> list[Finding]:
 
 def model_of(name: str, run: Run) -> LanguageModel:
     spec = ModelSpec(layout=name, vocabulary=258, **run["mixer model"])
-    return cast(LanguageModel, build(lambda: LanguageModel(spec)))
+    return cast("LanguageModel", build(lambda: LanguageModel(spec)))
 
 
 def mixer_texts(run: Run) -> Texts:
