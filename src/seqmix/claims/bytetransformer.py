@@ -356,7 +356,7 @@ CLAIM = Claim(
     claimed="Packing texts of different lengths without pads through every part of a Transformer, with attention "
     "fused over the packed texts, makes attention up to 6.13 times and the whole model 55 to 138 % faster than "
     "systems that pad, at the same outputs.",
-    where="abstract; the sections on the padding-free algorithm and fused attention; end-to-end evaluation",
+    where="abstract; the authors' repository (texts fill 0.6 of the padded length on average, batches of 1 and 16)",
     measure=measure,
     quick={
         "mixer model": {"width": 32, "depth": 1, "heads": 2},
