@@ -85,7 +85,7 @@ def equal(run: Run) -> Finding:
     )
 
 
-def milliseconds(ways: dict[str, Any], seconds: float, most: int) -> dict[str, float]:
+def milliseconds(ways: dict[str, Callable[[], Any]], seconds: float, most: int) -> dict[str, float]:
     """The median time of each, in turn, after a call that warms up."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
@@ -118,6 +118,7 @@ def faster(run: Run) -> Finding:
             {
                 "pieces": lambda: attention(q, k, v, form="native"),
                 "torch": lambda: plain(q, k, v),
+                "torch, one pass over the keys": lambda: attention(q, k, v, form="sdpa"),
             },
             run["seconds"],
             run["repeats"],
@@ -126,6 +127,7 @@ def faster(run: Run) -> Finding:
         return {
             **taken,
             "speed-up": taken["torch"] / taken["pieces"],
+            "over one pass": taken["torch, one pass over the keys"] / taken["pieces"],
             "GB/s": moved / taken["pieces"] / 1e6,
         }
 
@@ -160,6 +162,10 @@ def faster(run: Run) -> Finding:
             "mean speed-up": mean,
             "largest speed-up at the longest": top,
             "mean speed-up by heads": {n: statistics.fmean(row) for n, row in gains.items()},
+            "mean speed-up over torch with the queries of a key head as rows": {
+                n: statistics.fmean(row["over one pass"] for row in rows.values())
+                for n, rows in table.items()
+            },
             "milliseconds, speed-up and GB/s by length": table,
             f"the same in bfloat16 at {run['half length']} keys": half,
             "GB/s of reading memory": memory,
@@ -200,16 +206,8 @@ def all_threads_help(run: Run) -> Finding:
     )
 
 
-def torch_alone(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """torch's fused attention where ours would be: of one query, which sees every key."""
-    return plain(q, k, v)
-
-
-TORCH: dict[str, Callable[..., Tensor]] = {
-    "torch": torch_alone,
-    "torch, heads of a group as rows": partial(attention, form="sdpa"),
-}
-WAYS = {"pieces": partial(attention, form="native"), **TORCH}
+# torch's fused attention gets the queries of a key head as rows of one call, as in transformers: keys are read once.
+WAYS = {"pieces": partial(attention, form="native"), "torch": partial(attention, form="sdpa")}
 
 
 class Models:
@@ -269,7 +267,7 @@ class Models:
                 for x in (layer.keys, layer.values):
                     torch.cat([x, x[:, :, -1:]], dim=2)
 
-        ways: dict[str, Any] = {name: partial(step, name) for name in WAYS}
+        ways: dict[str, Callable[[], Any]] = {name: partial(step, name) for name in WAYS}
         ways["transformers"] = theirs
         logits = {name: way() for name, way in ways.items()}
         ways["transformers, growing its cache"] = grow
@@ -297,7 +295,7 @@ def whole_model(run: Run) -> list[Finding]:
 
 def equal_logits(run: Run, table: dict[str, Any]) -> Finding:
     differences = {case: row["differences"] for case, row in table.items()}
-    allowed = dict.fromkeys(TORCH, LOGITS_ERROR) | {"transformers": ANGLES_ERROR}
+    allowed = {"torch": LOGITS_ERROR, "transformers": ANGLES_ERROR}
     worst = {name: max(row[name] for row in differences.values()) for name in allowed}
     return Finding(
         "A whole model that decodes with it gives the same logits.",
@@ -314,26 +312,26 @@ def faster_model(run: Run, table: dict[str, Any]) -> Finding:
     rows = {}
     for case, found in table.items():
         step, inside = found["milliseconds"], found["of which attention"]
+        copying = step["transformers, growing its cache"]
         rows[case] = {
-            "times faster": {n: step[n] / step["pieces"] for n in (*TORCH, "transformers")},
-            "times faster attention": {n: inside[n] / inside["pieces"] for n in TORCH},
-            "times faster without attention": {n: step[n] / (step[n] - inside[n]) for n in TORCH},
-            "share of attention": {n: inside[n] / step[n] for n in WAYS},
+            "times as fast as torch": step["torch"] / step["pieces"],
+            "times as fast as transformers": step["transformers"] / step["pieces"],
+            "or as transformers without growing its cache": (step["transformers"] - copying)
+            / step["pieces"],
+            "share of attention": {name: inside[name] / step[name] for name in WAYS},
+            "times as fast, attention alone": inside["torch"] / inside["pieces"],
+            "at most possible": step["torch"] / (step["torch"] - inside["torch"]),
             "milliseconds": step,
         }
-    late = [
-        row["times faster"]
-        for row, (length, _) in zip(rows.values(), run["contexts"], strict=True)
-        if length >= run["long"]
-    ]
-    least = min(gain for gains in late for gain in gains.values())
+    late = [case for case, (n, _) in zip(rows, run["contexts"], strict=True) if n >= run["long"]]
+    others = ("times as fast as torch", "times as fast as transformers")
+    least = {other: min(rows[case][other] for case in late) for other in others}
     return Finding(
         "A whole model decodes faster where the context is long.",
         f"{run['model']} in float32, from {run['long']} tokens on, with every batch: at least {MODEL_SPEED_UP:g} times "
-        "as fast as the same blocks with torch's fused attention, as with it on the heads of a group as rows (one "
-        "pass over the keys), and as transformers",
+        "as fast as the same blocks with torch's fused attention, and as transformers",
         {"least at long contexts": least, "by context": rows, "threads": torch.get_num_threads()},
-        "reproduced" if least >= MODEL_SPEED_UP else "not reproduced",
+        "reproduced" if min(least.values()) >= MODEL_SPEED_UP else "not reproduced",
     )
 
 
