@@ -206,7 +206,7 @@ def all_threads_help(run: Run) -> Finding:
     )
 
 
-# torch's fused attention gets the queries of a key head as rows of one call, as in transformers: keys are read once.
+# torch's fused attention gets the queries of a key head as rows of one call, so that keys are read once.
 WAYS = {"pieces": partial(attention, form="native"), "torch": partial(attention, form="sdpa")}
 
 
