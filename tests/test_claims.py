@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from seqmix.claims import CLAIMS, Run, compare_groups, reproduce
+from seqmix.claims._attention_by import attention_by
 from seqmix.claims._claim import overall
 from seqmix.core.errors import ConfigError, UnknownName
+from seqmix.models.backbone import LanguageModel, ModelSpec
 
 
 @pytest.mark.parametrize("name", CLAIMS.names())
@@ -59,6 +62,19 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
 )
 def test_verdicts_follow_the_evidence(better, worse, margin, verdict):
     assert compare_groups(better, worse, margin=margin) == verdict
+
+
+@pytest.mark.parametrize("layout", ["attention", "bidirectional_attention", "2x[attention]"])
+def test_another_function_computes_the_attention_of_a_model_and_then_no_longer(layout):
+    torch.manual_seed(0)
+    model = LanguageModel(ModelSpec(layout=layout, width=16, heads=2)).eval()
+    ids = torch.arange(6).view(1, 6)
+    with torch.inference_mode():
+        before = model(ids)[0]
+        with attention_by(lambda q, k, v, **options: torch.zeros_like(v)) as seconds:
+            assert not torch.equal(model(ids)[0], before)
+        assert len(seconds) == len(model.backbone.blocks)
+        assert torch.equal(model(ids)[0], before)
 
 
 def test_one_failed_statement_fails_the_claim():

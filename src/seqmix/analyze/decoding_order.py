@@ -4,8 +4,8 @@
     global(k) = share of steps that have written one of the first k places that were still empty
 
 Both are 1 for an autoregressive model. For an order that is drawn at random, global(1) is H_N / N for N places, H_N =
-1 + 1/2 + ... + 1/N, and local(1) is 1 / N. Gong et al. 2025 (DiffuCoder, arXiv:2506.20639), section 3.1, there
-AR-ness@k.
+1 + 1/2 + ... + 1/N, and local(1) is 1 / N. Gong et al. 2025 (DiffuCoder, arXiv:2506.20639), section 4.1 and
+appendix A.2, there AR-ness@k.
 
 Axes: B texts, N places.
 """

@@ -291,7 +291,8 @@ CLAIM = Claim(
     "temperature; reinforcement with complementary masks estimates likelihoods with a lower variance, raises the share "
     "of expressions that pass their tests, and makes the order less one from left to right. Here: models of 0.1 M "
     "parameters, of the bytes of Python code and of expressions with brackets; the paper's has 7 B.",
-    where="sections 4 (orders and temperature) and 5 (coupled-GRPO; figures 1, 5 and 6, table 2)",
+    where="sections 4.1 to 4.3 (orders and temperature; figures 5 and 6), section 5 (coupled-GRPO; figures 4 and 7, "
+    "table 2), appendix A.4 (variance)",
     measure=measure,
     quick={
         "corpus": QUICK_TEXT,

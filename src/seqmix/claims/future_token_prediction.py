@@ -245,7 +245,7 @@ CLAIM = Claim(
     "in a toy problem. Here: models of 0.2 M parameters on bytes of five corpora and on programs that move a robot, "
     "against one of the next token with as many parameters and operations in training; the paper's have 12 layers and "
     "read web text.",
-    where="abstract; sections 3 and 4 (cosine similarity, text classification, coding problem)",
+    where="abstract; results on cosine similarity, text classification and the coding problem",
     measure=measure,
     quick={
         "corpora": QUICK["corpora"],

@@ -174,7 +174,7 @@ CLAIM = Claim(
     "planning puzzles more often than one that writes in order and than masked diffusion, and fills gaps whose "
     "length nobody knows. Here: bidirectional Transformers of 0.1 M parameters, on graphs of two paths and puzzles of "
     "three houses, and as many training steps for all; the paper's have 85 M parameters and far larger puzzles.",
-    where="sections 4.1 and 4.2 (planning), section 4.3 (infilling, there of stories)",
+    where="planning with star graphs (table 1) and zebra puzzles; infilling (table 3, there of sentences and stories)",
     measure=measure,
     quick={
         "star_graph": {"nodes": 9, "paths": 2, "longest_path": 4, "length": 11},

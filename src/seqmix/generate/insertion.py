@@ -4,7 +4,7 @@
 
 Nobody says how many tokens there will be: neither at the end of a text, nor in its gaps. What is `given` of the target
 stays in its order, and the model fills in around it.
-Patel et al. 2025 (arXiv:2505.05755), section 3; the model as trained by `seqmix.objectives.insertion`.
+Patel et al. 2025 (arXiv:2505.05755), algorithm 2; the model as trained by `seqmix.objectives.insertion`.
 
 Axes: B rows, S tokens of the source, N of the target.
 """

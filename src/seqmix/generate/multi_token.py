@@ -5,7 +5,7 @@
 The first text checks the guesses; whichever of them turn out right, masks have been read behind just these, and say
 what may come next. So every reading both checks and guesses anew (quadratic decoding). Each is a text of its own,
 packed with the others, so masks enter no state, and recurrent and hybrid models decode as attention does.
-Samragh et al. 2025 (arXiv:2507.11851), section 3.5; there one text holds all, by an attention mask that hides masks.
+Samragh et al. 2025 (arXiv:2507.11851), section 2.4; there one text holds all, by an attention mask that hides masks.
 
 Axes: T time, N texts, K masks, D width, V vocabulary.
 """

@@ -4,7 +4,7 @@
 
 The draws are those of plain decoding, so texts are the same, sampled ones too. A recurrent layer reads a tree in one
 pass as attention does (`Mixer.read_tree`); what it reads are the tokens that were accepted last, and after them the
-guesses, and its state is the one before the guesses. Wu et al. 2025 (STree, arXiv:2505.14969), section 4; trees: Miao
+guesses, and its state is the one before the guesses. Wu et al. 2025 (STree, arXiv:2505.14969); trees: Miao
 et al. 2023 (SpecInfer, arXiv:2305.09781); the likeliest nodes: Li et al. 2024 (EAGLE-2, arXiv:2406.16858).
 
 Axes: T tokens, V vocabulary, D width.

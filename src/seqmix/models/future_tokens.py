@@ -4,7 +4,7 @@
 
 The encoder reads forward only. W widens s_t to a pseudo-sequence [P, D], and that is all that the decoder, by
 cross-attention, knows of the text so far: it starts from a constant token. So s_t has to say what comes, not just which
-token is next. Walker 2024 (arXiv:2410.18160), section 3.
+token is next. Walker 2024 (arXiv:2410.18160).
 
 Axes: B rows, T time, D width, P vectors of a pseudo-sequence, M states, N tokens ahead, V vocabulary.
 """

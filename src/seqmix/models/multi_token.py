@@ -6,7 +6,7 @@
 
 W, the embedding E and the head U are those of the model and stay as they are; masks, A, B and L are trained. Gated so,
 the adapters leave tokens of the text alone to the last bit: those never see a mask, which stands behind them.
-Samragh et al. 2025 (arXiv:2507.11851), sections 3.1 to 3.3.
+Samragh et al. 2025 (arXiv:2507.11851), sections 2.1 to 2.3.
 
 Masks that are read after a state leave it as it was, because states are values, so this goes with every causal mixer.
 Axes: B rows, T time, D width, K masks, V vocabulary.

@@ -2,7 +2,7 @@
 
     loss = sum_j w_j mean_t -log p(x_{t+j} | s_t, x_{t+1} ... x_{t+j-1}),   w_j = decay^(j-1) / sum_i decay^(i-1)
 
-For `FutureTokenModel`. Walker 2024 (arXiv:2410.18160), section 3: tokens further ahead count exponentially less.
+For `FutureTokenModel`. Walker 2024 (arXiv:2410.18160): tokens further ahead count exponentially less.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ left out; each belongs to the gap behind the token that is left before it, so th
 with the counts of every word in every gap, divided by n. The logit of a word of its own, `stop_id`, at the last place
 of the source says by its sigmoid whether nothing is left out. Pads may end a target. The model writes by
 `seqmix.generate.insertion`; it is a `SeqmixForMaskedLM` without new weights, where the paper has a layer for the second
-term. Patel et al. 2025 (arXiv:2505.05755), section 3.
+term. Patel et al. 2025 (arXiv:2505.05755), equations 2 to 4.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A text is a source x, of which nothing is masked, and its target y of N tokens, each of which is masked with chance t.
 The weight 1/t makes the loss a bound on -log p(y | x) / N, so the model is a generative one: it writes by
 `seqmix.generate.diffusion`. For `SeqmixForMaskedLM`. Sahoo et al. 2024 (arXiv:2406.07524), equation 10; as of language
-models in Nie et al. 2025 (arXiv:2502.09992), equation 3, and Gong et al. 2025 (arXiv:2506.20639), section 2.
+models in Nie et al. 2025 (arXiv:2502.09992), equation 3, and Gong et al. 2025 (arXiv:2506.20639), equation 1.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def compiled(
 ) -> Tensor:
     """Tile by tile with a running softmax; a few queries are cut along the keys, so that all threads read them.
 
-    Source: Sanovar et al. 2024 (arXiv:2405.10480), section 4; Dao et al. 2022 (arXiv:2205.14135).
+    Source: Sanovar et al. 2024 (arXiv:2405.10480); Dao et al. 2022 (arXiv:2205.14135).
     """
     return native.attention(
         q,

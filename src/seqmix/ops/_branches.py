@@ -4,7 +4,7 @@
     o_t = (q_t D_t0)^T S + sum_s (q_t . D_ts k_s) v_s   over the nodes s on the path to t
 
 D_ts is the product of the transitions d after s on the path to t, and D_t0 of all of them: the accumulated transitions
-of Wu et al. 2025 (STree, arXiv:2505.14969), section 4. No state is made but the one that was there, S.
+of Wu et al. 2025 (STree, arXiv:2505.14969). No state is made but the one that was there, S.
 Axes: B batch, T nodes, H heads, K key width, V value width.
 """
 

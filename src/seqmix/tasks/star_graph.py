@@ -3,7 +3,7 @@
 The edges come in random order, each a token of its own, then the goal and the start; the answer is the path without
 its start, and the id after the nodes for its end. Whoever says the path in order has to know at the crossing which of
 the ways out leads to the goal, before its nodes have been said. Graphs with the start at the crossing and arms of one
-length: arXiv:2403.06963, section 4; with paths of several lengths that cross anywhere: arXiv:2505.05755, section 4.1,
+length: arXiv:2403.06963, section 4; with paths of several lengths that cross anywhere: arXiv:2505.05755,
 there up to 5 paths of 12 nodes; both write an edge as two tokens.
 """
 

@@ -4,7 +4,7 @@ Houses stand in a row; in each there is one value of every attribute (a colour, 
 is three tokens, a relation and two things: they are in the same house, the first is in the next house to the left of
 the second, they are neighbours, or a value is in the house of a number. Clues are drawn at random from those that are
 true, until only one possibility is left. The answer lists the values house by house.
-After arXiv:2505.05755, section 4.2 (puzzles of arXiv:2409.10502, there with up to 6 houses and attributes, and clues of
+After arXiv:2505.05755 (puzzles of arXiv:2409.10502, there with up to 6 houses and attributes, and clues of
 seven kinds).
 """
 

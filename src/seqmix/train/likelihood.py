@@ -7,7 +7,7 @@ A causal model gives them in one call. A masked diffusion model predicts only wh
 with l_j(M) = log p(y_j | x, y without M), m_j = 1 for j in M and else 0, and the chance t of each place to be in M and
 1 - t to be in M'. With `complementary_masks`, M' is what is not in M, so that every token is counted exactly once, and
 always in part of its context; with `independent_masks`, which has the same mean and costs as much, some are
-counted twice and some never. Gong et al. 2025 (DiffuCoder, arXiv:2506.20639), section 5 and equation 13 with one
+counted twice and some never. Gong et al. 2025 (DiffuCoder, arXiv:2506.20639), section 5 and equation 13, with one
 pair; range and weights as in the authors' code.
 
 Axes: B rows, S tokens of a prompt, N of an answer, V vocabulary.

@@ -4,7 +4,7 @@
 
 z_j are the features of mask j behind x_1 ... x_n, and f_{n+j} those that the frozen model has where it predicts the
 same token from all that come before: the last term draws the masks towards them (consistency).
-Samragh et al. 2025 (arXiv:2507.11851), section 3.4; there the squares are summed over the width.
+Samragh et al. 2025 (arXiv:2507.11851), section 2.5; there the squares are summed over the width.
 
 Axes: B rows, T time, P places, K masks, D width.
 """
