@@ -16,22 +16,21 @@ from seqmix.core.state import Growing, State, map_state
 from seqmix.mixers import MIXERS
 from seqmix.mixers.gated_linear_attention import Config, GatedLinearAttention
 from seqmix.testing import mixers as laws
-from seqmix.testing._subject import Law, exception, subjects
+from seqmix.testing._subject import Law, cases, exception, subjects
 from seqmix.testing.channels import CHANNEL_LAWS, check_channel
 from seqmix.testing.mixers import MIXER_LAWS, check_mixer
 
 
 def product(catalog: Any, laws: Sequence[Law]) -> list[Any]:
     """law x entry x example; what a class declares as an exception must fail."""
-    cases = []
+    found = []
     for name in catalog:
-        for subject in subjects(catalog.get(name)):
-            for law in laws:
-                reason = exception(subject, law)
-                marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-                label = f"{law.__name__}-{name}-{subject.name}"
-                cases.append(pytest.param(law, subject, id=label, marks=marks))
-    return cases
+        for law, subject in cases(catalog.get(name), laws):
+            reason = exception(subject, law)
+            marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+            label = f"{law.__name__}-{name}-{subject.name}"
+            found.append(pytest.param(law, subject, id=label, marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("law", "subject"), product(MIXERS, MIXER_LAWS))
@@ -112,6 +111,21 @@ class ForgetsWhatIsBeforeATree(Sound):
         return super().read_tree(x, map_state(torch.zeros_like, state), tree)
 
 
+class MistakesAnInnerNode(Sound):
+    def read_tree(self, x: Tensor, state: State, tree: Any) -> tuple[Tensor, State]:
+        y, state = super().read_tree(x, state, tree)
+        first = x.shape[1] - len(tree)
+        return torch.cat(
+            [y[:, :first], 1.01 * y[:, first : first + 1], y[:, first + 1 :]], 1
+        ), state
+
+
+class LosesTheStateOfASecondCall(Sound):
+    def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State]:
+        y, after = super().forward(x, state, **options)
+        return y, after if state is None else map_state(torch.zeros_like, after)
+
+
 class StepsWithoutGate(Sound):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = super().step(x, state)
@@ -184,6 +198,9 @@ MUTANTS = [
     (IgnoresBoundaries, laws.texts_of_different_lengths_continue_together),
     (ReadsATreeAsOneText, laws.a_tree_is_read_as_its_paths),
     (ForgetsWhatIsBeforeATree, laws.a_tree_is_read_as_its_paths),
+    (MistakesAnInnerNode, laws.a_tree_is_read_as_its_paths),
+    (LosesTheStateOfASecondCall, laws.splitting_anywhere_changes_nothing),
+    (LosesTheStateOfASecondCall, laws.step_equals_forward),
     (StepsWithoutGate, laws.step_equals_forward),
     (MixesRows, laws.rows_are_independent),
     (HasAnIdleParameter, laws.every_parameter_gets_a_gradient),

@@ -63,6 +63,20 @@ def subjects(kind: type[Any]) -> list[Subject]:
     return [Subject(kind, name, {**small, **fields}) for name, fields in examples.items()]
 
 
+def of_the_class(law: Law) -> Law:
+    """Marks a law that looks at all configurations of the class itself, so that one of them is enough to ask it of."""
+    law.is_of_the_class = True
+    return law
+
+
+def cases(kind: type[Any], laws: Sequence[Law]) -> Iterator[tuple[Law, Subject]]:
+    """Every configuration with every law; a law of the class with the first configuration only."""
+    for place, subject in enumerate(subjects(kind)):
+        for law in laws:
+            if place == 0 or not getattr(law, "is_of_the_class", False):
+                yield law, subject
+
+
 def exception(subject: Subject, law: Law) -> str | None:
     """Why this class says that it does not keep this law (`law`, or `law[example]`); None if it should."""
     declared = subject.kind.exceptions
@@ -74,21 +88,20 @@ def check(kind: type[Any], laws: Sequence[Law]) -> None:
 
     A law named in `kind.exceptions` must fail: an exception that is no longer needed is an error too.
     """
-    for subject in subjects(kind):
-        for law in laws:
-            reason = exception(subject, law)
-            try:
-                law(subject)
-            except Exception as error:
-                if reason is None:
-                    raise AssertionError(
-                        f"{kind.__name__} ({subject.name}) breaks {law.__name__}: {error}"
-                    ) from error
-            else:
-                if reason is not None:
-                    raise AssertionError(
-                        f"{kind.__name__} ({subject.name}) keeps {law.__name__}: take it out of `exceptions`."
-                    )
+    for law, subject in cases(kind, laws):
+        reason = exception(subject, law)
+        try:
+            law(subject)
+        except Exception as error:
+            if reason is None:
+                raise AssertionError(
+                    f"{kind.__name__} ({subject.name}) breaks {law.__name__}: {error}"
+                ) from error
+        else:
+            if reason is not None:
+                raise AssertionError(
+                    f"{kind.__name__} ({subject.name}) keeps {law.__name__}: take it out of `exceptions`."
+                )
 
 
 def other_values(subject: Subject, field: str) -> Iterator[Any]:
@@ -118,9 +131,9 @@ def assert_field_has_an_effect(
 ) -> None:
     """Another legal value must change the parameters, their initial values, the output or what training does.
 
-    Here, or in another of the class's configurations: a field may matter only beside another.
+    In any of the class's configurations: a field may matter only beside another.
     """
-    if not any(_has_effect(s, field, output) for s in [subject, *subjects(subject.kind)]):
+    if not any(_has_effect(each, field, output) for each in subjects(subject.kind)):
         raise AssertionError(
             f"{subject.kind.__name__}.Config.{field} has no effect (tried {[*other_values(subject, field)]}). "
             "Remove it, or name a legal value that has one in the class's `examples`."
@@ -128,23 +141,28 @@ def assert_field_has_an_effect(
 
 
 def _has_effect(subject: Subject, field: str, output: Callable[[nn.Module], Tensor]) -> bool:
+    before, module = subject.build().state_dict(), subject.build()
+    y, trained = output(module), None
     for value in other_values(subject, field):
         try:
-            module, other = subject.build(), subject.build(**{field: value})
+            other = subject.build(**{field: value})
         except SeqmixError:
             continue
-        before, after = module.state_dict(), other.state_dict()
+        after = other.state_dict()
         if before.keys() != after.keys():
             return True
         if any(before[n].shape != after[n].shape or not before[n].equal(after[n]) for n in before):
             return True
-        y, y_other = output(module), output(other)
+        y_other = output(other)
         if not y.equal(y_other):
             return True
-        for result in (y, y_other):
-            result.square().sum().backward()
-        if any(not before[n].equal(after[n]) for n in before):  # buffers that a backward pass moves
-            return True
+        if any(True for _ in other.buffers()):  # which a backward pass may move
+            if trained is None:
+                y.square().sum().backward()
+                trained = module.state_dict()
+            y_other.square().sum().backward()
+            if any(not trained[n].equal(after[n]) for n in trained):
+                return True
     return False
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from seqmix.channels import Channel
 from seqmix.testing import _subject
-from seqmix.testing._subject import Law, Subject, assert_close, check
+from seqmix.testing._subject import Law, Subject, assert_close, check, of_the_class
 
 
 def output_has_the_shape_of_the_input(subject: Subject) -> None:
@@ -37,6 +37,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> None:
     _subject.assert_every_parameter_gets_a_gradient(channel, lambda: channel(x))
 
 
+@of_the_class
 def every_field_has_an_effect(subject: Subject) -> None:
     for field in subject.kind.Config.fields():
         _subject.assert_field_has_an_effect(
