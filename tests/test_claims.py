@@ -70,10 +70,15 @@ def test_another_function_computes_the_attention_of_a_model_and_then_no_longer(l
     model = LanguageModel(ModelSpec(layout=layout, width=16, heads=2)).eval()
     ids = torch.arange(6).view(1, 6)
     with torch.inference_mode():
-        before = model(ids)[0]
-        with attention_by(lambda q, k, v, **options: torch.zeros_like(v)) as seconds:
-            assert not torch.equal(model(ids)[0], before)
-        assert len(seconds) == len(model.backbone.blocks)
+        before, state = model(ids)
+        texts = [(ids, None)]
+        if layout != "bidirectional_attention":
+            texts.append((ids[:, :1], state))  # a step of decoding
+        wanted = [model(*text)[0] for text in texts]
+        with attention_by(lambda q, k, v, **options: q.new_zeros(q.shape)) as seconds:
+            for text, logits in zip(texts, wanted, strict=True):
+                assert not torch.equal(model(*text)[0], logits)
+        assert len(seconds) == len(texts) * len(model.backbone.blocks)
         assert torch.equal(model(ids)[0], before)
 
 
