@@ -25,7 +25,8 @@ def write_page(name: str, docs: Path) -> str:
     """One of the pages `NAMES`, as Markdown. `docs` holds the kept results.
 
     They are `claims/ID.json` of `seqmix reproduce`, `speed.json` of `seqmix bench --floors`, `serving/NAME.json`, the
-    serving.json of `seqmix bench --server`, and `compression/NAME.json`, the result.json of `seqmix compress` or `convert`.
+    serving.json of `seqmix bench --server`, and `compression/NAME.json`, the result.json of `seqmix compress` or
+    `convert`.
     """
     return "\n".join(_WRITERS[name](docs))
 
@@ -215,9 +216,9 @@ def _serving(docs: Path) -> Iterator[str]:
         machine = record["machine"]
         yield f"\n## Servers: {path.stem.replace('-', ' ')}\n"
         yield (
-            "What clients of servers measured (`seqmix bench --server`), streams of different passages at once; medians "
-            f"of {record['rounds']} rounds in which the servers took turns. {machine['cpu']}, {machine['cores']} cores, "
-            f"{record['date']}, commit {machine.get('commit') or 'unknown'}.\n"
+            "What clients of servers measured (`seqmix bench --server`), streams of different passages at once; "
+            f"medians of {record['rounds']} rounds in which the servers took turns. {machine['cpu']}, "
+            f"{machine['cores']} cores, {record['date']}, commit {machine.get('commit') or 'unknown'}.\n"
         )
         yield from _table(SERVING_COLUMNS, [serving_cells(row) for row in record["rows"]])
 
