@@ -187,6 +187,7 @@ template <class T, class ReadRows>
 void multiply_weight(const Tensor& x, const Factors& factors, const Tensor& y, const Workspace& workspace, int threads,
                      const ReadRows& rows) {
     const int64_t tokens = x.size(0) * x.size(1), inputs = x.size(2), outputs = y.size(2), stride = workspace.stride;
+    require(tokens > 0 && inputs > 0 && outputs > 0, "weight_matmul: there is at least one of everything");
     pack_tokens(Tokens<const T>(x), tokens, inputs, stride, workspace.floats, threads);
     const Tokens<T> results(y);
     const bool few = tokens <= FEW;

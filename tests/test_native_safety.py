@@ -238,3 +238,5 @@ def test_weights_of_few_bits_that_do_not_fit_are_refused_before_memory_is_left()
         native.int4_matmul(x, codes, factors, scale, None, y, 0, room, 1)
     with pytest.raises(ValueError, match="too small"):
         native.int4_matmul(x, codes, factors, scale, None, y, 32, room, 2)
+    with pytest.raises(ValueError, match="at least one of everything"):
+        native.int8_matmul(x[:, :0], weight, scale, None, y[:, :0], room, 1)

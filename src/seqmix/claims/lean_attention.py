@@ -236,10 +236,10 @@ class Models:
             | {"start": block["start"].repeat(batch)}
             for block in self.state
         ]
-        cache = [
+        cache = (  # layer by layer, for the cache copies what it is given
             tuple(x.repeat(batch, 1, times, 1) for x in (layer.keys, layer.values))
             for layer in self.cache.layers
-        ]
+        )
         return state, type(self.cache)(cache)
 
     @torch.inference_mode()

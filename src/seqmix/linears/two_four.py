@@ -43,9 +43,7 @@ class TwoFour(Replacement):
     places: Tensor
     scale: Tensor
     bias: Tensor | None
-    _expanded: Any = (
-        None  # what the tensors were when it was made, and the layer with a byte per weight
-    )
+    _expanded: Any = None  # of which tensors it was made, and the layer with a byte per weight
 
     def __init__(
         self,
