@@ -114,3 +114,100 @@ def test_training_makes_exits_agree_and_leaves_the_model_as_it_was():
 def test_depths_that_the_model_does_not_have_are_refused(depths):
     with pytest.raises(RangeError, match="from 1 to 3"):
         EarlyExits(four_blocks(), depths)
+
+
+class Said(torch.nn.Module):
+    """In the place of what judges confidence: these logits for the last tokens that it is asked of, -9 before them."""
+
+    def __init__(self, *rows):
+        super().__init__()
+        self.rows = torch.tensor(rows)
+
+    def forward(self, features):
+        said = torch.full((*features.shape[:2], 1), -9.0)
+        said[:, -1, 0] = self.rows
+        return said
+
+
+def saying(*exits, threshold=0.5, rows=2, **fields):
+    """A reader of four blocks whose exits, after 1 and 3 of them, say these logits, and its state after a prompt."""
+    torch.manual_seed(3)
+    model = create("2x[mamba2, attention]", width=32, heads=2, vocabulary=23, **fields).eval()
+    reader = EarlyExitReader(exits_of(model), threshold=threshold)
+    say(reader, *exits)
+    return reader, reader.read(torch.randint(23, (rows, 4))).state
+
+
+def say(reader, *exits):
+    for part, logits in zip(reader.exits.exits, exits, strict=True):
+        part.confidence = Said(*logits)
+
+
+@pytest.mark.parametrize(
+    ("exits", "blocks"),
+    [
+        (([5.0, 5.0], [5.0, 5.0]), 1),
+        (([0.0, 0.0], [5.0, 5.0]), 1),  # exactly as sure as the threshold asks
+        (([5.0, -5.0], [5.0, 5.0]), 3),  # rows go as deep as the least certain
+        (([-5.0, 5.0], [-5.0, 5.0]), 4),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_a_token_goes_as_deep_as_its_least_certain_row_asks(exits, blocks):
+    reader, state = saying(*exits)
+    reader.read(torch.ones(2, 1, dtype=torch.long), state)
+    assert (reader.tally.tokens, reader.tally.blocks, reader.tally.calls) == (1, blocks, blocks)
+
+
+@torch.inference_mode()
+def test_deep_exits_judge_the_last_token_and_the_tally_counts_those_caught_up():
+    token = torch.ones(1, 1, dtype=torch.long)
+    reader, state = saying([5.0], [5.0], rows=1)
+    for _ in range(2):
+        state = reader.read(token, state).state
+    assert state.unread[1].shape[1] == 2
+    say(reader, [-5.0], [5.0])
+    state = reader.read(token, state).state
+    assert (reader.tally.tokens, reader.tally.blocks, reader.tally.calls) == (3, 2 + 1 + 2 * 3, 5)
+    assert state.unread[1] is None
+    assert state.unread[2].shape[1] == 3  # two that were caught up and the last
+
+
+@torch.inference_mode()
+def test_prompts_and_several_tokens_are_read_to_the_end_and_not_counted():
+    reader, _ = saying([5.0, 5.0], [5.0, 5.0])
+    ids = torch.randint(23, (2, 7))
+    got = reader.read(ids[:, 4:], reader.read(ids[:, :4]).state, keep=2)
+    wanted = reader.exits.known[0](ids).logits[:, -2:]
+    torch.testing.assert_close(got.logits, wanted, rtol=1e-4, atol=1e-4)
+    assert got.features.shape[1] == 3
+    first = reader.read(ids[:, :1])  # of one token, a prompt all the same
+    assert all(part is None for part in [*got.state.unread, *first.state.unread])
+    assert (reader.tally.tokens, reader.tally.blocks, reader.tally.calls) == (0, 0, 0)
+
+
+@torch.inference_mode()
+def test_rows_are_chosen_with_what_they_have_not_read():
+    reader, state = saying([5.0, 5.0], [5.0, 5.0])
+    state = reader.read(torch.tensor([[1], [2]]), state).state
+    before = state.unread[1].clone()
+    say(reader, [-5.0, -5.0], [-5.0, -5.0])
+    wanted = reader.read(torch.tensor([[3], [4]]), state)
+    swapped = reader.read(torch.tensor([[4], [3]]), reader.select(state, [1, 0]))
+    torch.testing.assert_close(swapped.logits, wanted.logits.flip(0), rtol=1e-4, atol=1e-4)
+    assert state.unread[1].equal(before)  # a state is a value
+    again = reader.read(torch.tensor([[3], [4]]), state)
+    torch.testing.assert_close(again.logits, wanted.logits, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_positions_go_on_after_an_exit():
+    reader, _ = saying([5.0, 5.0], [5.0, 5.0], positions=16)
+    ids = torch.randint(23, (2, 6))
+    state = reader.read(ids[:, :4]).state
+    state = reader.read(ids[:, 4:5], state).state
+    say(reader, [-5.0, -5.0], [-5.0, -5.0])
+    got = reader.read(ids[:, 5:], state)
+    wanted = reader.exits.known[0](ids).logits[:, -1:]
+    torch.testing.assert_close(got.logits, wanted, rtol=1e-4, atol=1e-4)
