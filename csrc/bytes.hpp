@@ -9,6 +9,8 @@
 
 namespace seqmix {
 
+constexpr int64_t LINE = 64, AHEAD = 4096;  // bytes of a line of cache, and how far ahead weights are fetched
+
 typedef int8_t FewBytes __attribute__((vector_size(WIDTH)));
 
 // Whole numbers of 8 bits as floats. By name on x86, where GCC 12 takes the general conversion apart byte by byte.

@@ -5,7 +5,7 @@
 //   gated unit  y = x + W_o (silu(W_g n) * W_u n)
 #include "activations.hpp"
 #include "attention.hpp"
-#include "linear.hpp"
+#include "weight_matmul.hpp"
 
 namespace seqmix {
 namespace {
@@ -55,14 +55,19 @@ void norm(const Tensor& x, const Tensor& weight, float eps, const Panel& to) {
 
 // y = x + W_o from, for tokens [tokens, D].
 template <class T>
-void add_output(const Linear& output, const Panel& from, const Tensor& x, const Tensor& y, float* space, int threads) {
-    products(&output, 1, from.data, from.stride, x.size(0), space, threads,
+void add_output(const Linear& output, const Panel& from, const Tensor& x, const Tensor& y, float* room, int threads) {
+    multiply(&output, 1, from.data, from.stride, x.size(0), StripSpace(from.width, room), threads,
              [&](int, int64_t token, int64_t first, Vector values, int64_t count) {
                  const T* old = x.as<T>() + token * x.stride(0) + first;
                  T* to = y.as<T>() + token * y.stride(0) + first;
                  if (count == WIDTH) store(to, load(old) + values);
                  else store_part(to, load_part(old, count) + values, count);
              });
+}
+
+// What a thread needs for products with so many inputs, and with others afterwards.
+int64_t strip_floats(int64_t inputs, int64_t others) {
+    return StripSpace(inputs > others ? inputs : others, nullptr).size;
 }
 
 struct AttentionStep {
@@ -73,13 +78,13 @@ struct AttentionStep {
     Tensor cosines, sines;        // [1 or B, T, R], of the R channels that turn; the first half of the sines negative
     Tensor y;
     int threads;
+    int64_t heads;
 
     int64_t batch() const { return keys.size(0); }
     int64_t tokens() const { return x.size(0) / batch(); }  // of a text
     int64_t groups() const { return keys.size(2); }
     int64_t width() const { return keys.size(3); }
-    int64_t heads() const { return read[0].outputs() / width(); }
-    int64_t share() const { return heads() / groups(); }
+    int64_t share() const { return heads / groups(); }
     int64_t rows() const { return tokens() * share(); }  // of queries that read the same keys
     int64_t lines() const { return batch() * groups(); }
     int64_t most_pieces() const {  // of one line
@@ -92,14 +97,13 @@ struct AttentionStep {
         return round_up(rows() * round_up(width()) + Scratch::floats(rows(), width(), width()));
     }
     int64_t product_floats() const {
-        int64_t stride = round_up(x.size(1)), other = round_up(heads() * width());
-        return threads * WIDTH * (stride > other ? stride : other);
+        return threads * strip_floats(x.size(1), heads * width());
     }
-    int64_t all_heads() const { return (heads() + 2 * groups()) * width(); }
+    int64_t all_heads() const { return (heads + 2 * groups()) * width(); }
     int64_t floats() const {
         int64_t count = x.size(0);
         return Panel::floats(count, x.size(1)) + Panel::floats(count, all_heads()) +
-               Panel::floats(count, heads() * width()) + product_floats() +
+               Panel::floats(count, heads * width()) + product_floats() +
                lines() * most_pieces() * reading_floats() + threads * thread_floats();
     }
 
@@ -161,22 +165,22 @@ struct AttentionStep {
         const int64_t count = x.size(0), S = keys.size(1), K = width(), T_ = tokens();
         Panel normed = Panel::at(workspace, count, x.size(1));
         Panel all = Panel::at(workspace, count, all_heads());
-        Panel attended = Panel::at(workspace, count, heads() * K);
-        float* space = workspace;
+        Panel attended = Panel::at(workspace, count, heads * K);
+        float* room = workspace;
         workspace += product_floats();
         float* readings = workspace;
         float* own = readings + lines() * most_pieces() * reading_floats();
 
         norm<T>(x, weight, eps, normed);
-        const int64_t places[] = {0, heads() * K, (heads() + groups()) * K};
-        products(read, 3, normed.data, normed.stride, count, space, threads,
+        const int64_t places[] = {0, heads * K, (heads + groups()) * K};
+        multiply(read, 3, normed.data, normed.stride, count, StripSpace(x.size(1), room), threads,
                  [&](int layer, int64_t token, int64_t first, Vector values, int64_t some) {
                      all.put(token, places[layer] + first, values, some);
                  });
         for (int64_t row = 0; row < batch(); ++row)
             for (int64_t t = 0; t < T_; ++t) {
                 float* heads_of = all.row(row * T_ + t);
-                for (int64_t h = 0; h < heads() + groups(); ++h) turn(heads_of + h * K, row, t);
+                for (int64_t h = 0; h < heads + groups(); ++h) turn(heads_of + h * K, row, t);
                 for (int64_t g = 0; g < groups(); ++g) {
                     keep<T>(keys, row, S - T_ + t, g, heads_of + places[1] + g * K);
                     keep<T>(values, row, S - T_ + t, g, heads_of + places[2] + g * K);
@@ -196,7 +200,7 @@ struct AttentionStep {
                 finish(queries, r, NOTHING, attended.row(token) + head * K);
             }
         }
-        add_output<T>(output, attended, x, y, space, threads);
+        add_output<T>(output, attended, x, y, room, threads);
     }
 };
 
@@ -206,23 +210,23 @@ struct GatedStep {
     Linear read[2], output;  // gate, up
     Tensor y;
     int threads;
+    int64_t hidden;
 
     int64_t product_floats() const {
-        int64_t stride = round_up(x.size(1)), other = round_up(output.inputs());
-        return threads * WIDTH * (stride > other ? stride : other);
+        return threads * strip_floats(x.size(1), hidden);
     }
     int64_t floats() const {
         int64_t count = x.size(0);
-        return Panel::floats(count, x.size(1)) + 2 * Panel::floats(count, output.inputs()) + product_floats();
+        return Panel::floats(count, x.size(1)) + 2 * Panel::floats(count, hidden) + product_floats();
     }
 
     template <class T>
     void run(float* workspace) const {
-        const int64_t count = x.size(0), hidden = output.inputs();
+        const int64_t count = x.size(0);
         Panel normed = Panel::at(workspace, count, x.size(1));
         Panel both[] = {Panel::at(workspace, count, hidden), Panel::at(workspace, count, hidden)};
         norm<T>(x, weight, eps, normed);
-        products(read, 2, normed.data, normed.stride, count, workspace, threads,
+        multiply(read, 2, normed.data, normed.stride, count, StripSpace(x.size(1), workspace), threads,
                  [&](int layer, int64_t token, int64_t first, Vector values, int64_t some) {
                      both[layer].put(token, first, values, some);
                  });
@@ -235,14 +239,24 @@ struct GatedStep {
     }
 };
 
-void require_layer(const Linear& layer, int64_t inputs) {
-    require(layer.weight && layer.weight.axes == 2 && layer.inputs() == inputs, "decoding: a weight does not fit");
-    require(layer.weight.stride(1) == 1 && layer.weight.stride(0) == inputs, "decoding: a weight has gaps");
+// A layer from Python: weight, factors of its outputs, bias; of 4 bits the codes, and the factors of groups and their
+// size as well.
+using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t>;
+
+Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
+    const auto& [weight, scale, bias, factors, group] = layer;
+    if (factors) {
+        FourBits codes{weight, factors, inputs, group};
+        require(weight.axes == 2 && weight.size(0) == outputs, "decoding: a weight does not fit");
+        require_codes(codes);
+        return {{}, scale, bias, codes};
+    }
+    require_shape(weight, "decoding: a weight does not fit", {outputs, inputs});
+    require(weight.stride(1) == 1 && weight.stride(0) == inputs, "decoding: a weight has gaps");
+    return {weight, scale, bias, {}};
 }
 
-using Layer = std::tuple<Tensor, Tensor, Tensor>;  // weight, scale, bias
-
-Linear linear_of(const Layer& layer) { return {std::get<0>(layer), std::get<1>(layer), std::get<2>(layer)}; }
+int64_t outputs_of(const Layer& layer) { return std::get<0>(layer).size(0); }
 
 template <class Step>
 void run(const Step& step, const Tensor& workspace) {
@@ -261,7 +275,7 @@ SEQMIX_BINDINGS(module) {
             AttentionStep step{};
             step.threads = threads;
             step.x.sizes[0] = batch * tokens, step.x.sizes[1] = inputs;
-            step.read[0].weight.sizes[0] = heads * width;
+            step.heads = heads;
             step.keys.sizes[0] = batch, step.keys.sizes[1] = keys, step.keys.sizes[2] = groups,
             step.keys.sizes[3] = width;
             return step.floats();
@@ -271,12 +285,10 @@ SEQMIX_BINDINGS(module) {
         [](Tensor x, Tensor weight, double eps, Layer query, Layer key, Layer value, Layer output, Tensor keys,
            Tensor values, Tensor start, Tensor cosines, Tensor sines, double scale, Tensor y, Tensor workspace,
            int threads) {
+            const int64_t D = x.size(1), K = keys.size(3), all = outputs_of(query), shared = keys.size(2) * K;
             AttentionStep step{x, weight, float(eps), float(scale),
-                               {linear_of(query), linear_of(key), linear_of(value)}, linear_of(output),
-                               keys, values, start, cosines, sines, y, threads};
-            for (const Linear& layer : step.read) require_layer(layer, x.size(1));
-            require_layer(step.output, step.heads() * step.width());
-            require(step.output.outputs() == x.size(1), "decoding: the output does not fit");
+                               {linear_of(query, D, all), linear_of(key, D, shared), linear_of(value, D, shared)},
+                               linear_of(output, all, D), keys, values, start, cosines, sines, y, threads, all / K};
             nb::gil_scoped_release release;
             run(step, workspace);
         },
@@ -286,18 +298,16 @@ SEQMIX_BINDINGS(module) {
         GatedStep step{};
         step.threads = threads;
         step.x.sizes[0] = tokens, step.x.sizes[1] = inputs;
-        step.output.weight.sizes[1] = hidden;
+        step.hidden = hidden;
         return step.floats();
     });
     module.def(
         "gated_step",
         [](Tensor x, Tensor weight, double eps, Layer gate, Layer up, Layer output, Tensor y, Tensor workspace,
            int threads) {
-            GatedStep step{x, weight, float(eps), {linear_of(gate), linear_of(up)}, linear_of(output), y, threads};
-            for (const Linear& layer : step.read) require_layer(layer, x.size(1));
-            require_layer(step.output, step.read[0].outputs());
-            require(step.read[0].outputs() == step.read[1].outputs() && step.output.outputs() == x.size(1),
-                    "decoding: the output does not fit");
+            const int64_t D = x.size(1), hidden = outputs_of(gate);
+            GatedStep step{x, weight, float(eps), {linear_of(gate, D, hidden), linear_of(up, D, hidden)},
+                           linear_of(output, hidden, D), y, threads, hidden};
             nb::gil_scoped_release release;
             run(step, workspace);
         },

@@ -1,70 +1,99 @@
-// Products with dense weights that are stored in few bits: y_t = diag(scale) W x_t + bias, in float32.
+// Products with the weights of linear layers: y_t = diag(scale) W x_t + bias, in float32. W is kept as float, bfloat16,
+// or whole numbers of 8 or 4 bits.
 //
-// For few tokens the time goes into reading W: its whole numbers become floats in registers and nowhere else, the lanes
-// of a vector are inputs, and the sums of a vector's outputs are turned together at the end. For more it goes into
+// For few tokens the time goes into reading W: its numbers become floats in registers and nowhere else, the lanes of a
+// vector are inputs, and the sums of a vector's outputs are turned together at the end. For more it goes into
 // products: a strip of W becomes floats in cache, turned, once for many tokens, and the lanes are outputs.
 #pragma once
 
+#include "four_bits.hpp"
 #include "matmul.hpp"
-#include "tiles.hpp"
+#include "parallel.hpp"
+#include "tokens.hpp"
 
 namespace seqmix {
 
-constexpr int64_t FEW = 8;                                // tokens for which W is not turned, at most
+constexpr int64_t FEW_TOKENS = 8;                         // tokens for which W is not turned, at most
 constexpr int64_t WEIGHT_STRIP = BLOCK_VECTORS * WIDTH;   // outputs that are turned together
 constexpr int64_t DEPTH = 288;                             // inputs, which fit into the first cache so with their tokens
 constexpr int TOGETHER = 6;                               // tokens whose sums are in registers with those of a strip
 constexpr int64_t TASK_TOKENS = 96, TASK_FLOATS = 1 << 16;  // of a task, at most, so that its inputs stay in cache
 constexpr int64_t TASK_PRODUCTS = 1 << 17;                // at least, about: waking a thread takes as long
-constexpr int64_t LINE = 64, AHEAD = 4096;                // bytes of a line of cache, and how far ahead one is fetched
 
-// [O], [O] or null.
-struct Factors {
-    const float *scale, *bias;
+// A linear layer. Rows of its weight [O, I] follow each other; those of 4 bits are codes with factors of groups.
+struct Linear {
+    Tensor weight, scale, bias;  // [O], [O] or none, in float32
+    FourBits codes;              // in the place of the weight, if it has any
+
+    int64_t outputs() const { return codes ? codes.outputs() : weight.size(0); }
+    int64_t inputs() const { return codes ? codes.inputs : weight.size(1); }
+
+    // visit(rows), where rows(first, count, bytes) gives the address of the numbers [count, I] of outputs from number
+    // `first` on; it may write them to `bytes`.
+    template <class Visit>
+    void with_rows(const Visit& visit) const {
+        if (codes) return visit([&](int64_t first, int64_t count, int8_t* bytes) {
+            for (int64_t i = 0; i < count; ++i) codes.expand_row(first + i, bytes + i * codes.inputs);
+            return (const int8_t*)bytes;
+        });
+        if (weight.dtype == Dtype::int8) return visit(stored<int8_t>());
+        if (weight.dtype == Dtype::bfloat16) return visit(stored<bfloat16>());
+        visit(stored<float>());
+    }
+
+    // A vector of results, or its first `count`, from outputs number `first` on.
+    Vector finished(Vector total, int64_t first, int64_t count) const {
+        auto read = [&](const Tensor& from) {
+            const float* at = from.as<float>() + first;
+            return count < WIDTH ? load_part(at, count) : load(at);
+        };
+        if (scale) total *= read(scale);
+        return bias ? total + read(bias) : total;
+    }
+
+private:
+    template <class Number>
+    auto stored() const {
+        const Number* from = weight.as<Number>();
+        const int64_t row = weight.size(1);
+        return [=](int64_t first, int64_t, int8_t*) { return from + first * row; };
+    }
 };
 
-// What threads work in: the inputs of all tokens, and for each thread a strip of W as bytes and some of it as floats.
-struct Workspace {
-    int64_t stride, tokens, strip;  // in floats
+// What each thread works in: a strip of W as bytes and some of it as floats.
+struct StripSpace {
+    int64_t bytes_size, size;  // in floats
     float* floats;
 
-    Workspace(int64_t tokens, int64_t inputs, float* floats)
-        : stride(round_up(inputs)), tokens(tokens * stride),
-          strip(WEIGHT_STRIP * (stride / 4 + DEPTH)), floats(floats) {}
+    StripSpace(int64_t inputs, float* floats)
+        : bytes_size(WEIGHT_STRIP * round_up(inputs) / 4), size(bytes_size + WEIGHT_STRIP * DEPTH), floats(floats) {}
 
-    int64_t size(int threads) const { return tokens + threads * strip; }
-    int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(floats + tokens + thread * strip); }
-    float* turned(int thread) const { return floats + tokens + thread * strip + WEIGHT_STRIP * stride / 4; }
+    int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(floats + thread * size); }
+    float* turned(int thread) const { return floats + thread * size + bytes_size; }
 };
 
-inline Vector load_whole(const int8_t* from) {
+inline Vector load_numbers(const float* from) { return load(from); }
+inline Vector load_numbers(const bfloat16* from) { return load(from); }
+inline Vector load_numbers(const int8_t* from) {
     FewBytes bytes;
     std::memcpy(&bytes, from, sizeof bytes);
     return floats(bytes);
 }
 
-inline Vector load_some_whole(const int8_t* from, int64_t count) {
-    FewBytes bytes = {};
-    std::memcpy(&bytes, from, count < WIDTH ? count : WIDTH);
-    return floats(bytes);
-}
-
-// A vector of results, or its first `count`, from outputs number `first` on.
-template <class T>
-inline void finish(Vector total, const Factors& factors, int64_t first, int64_t count, T* to) {
-    auto read = [&](const float* from) { return count < WIDTH ? load_part(from + first, count) : load(from + first); };
-    Vector result = total * read(factors.scale);
-    if (factors.bias) result += read(factors.bias);
-    if (count < WIDTH) store_part(to + first, result, count);
-    else store(to + first, result);
+template <class Number>
+inline Vector load_some_numbers(const Number* from, int64_t count) {
+    Number some[WIDTH] = {};
+    std::memcpy(some, from, (count < WIDTH ? count : WIDTH) * sizeof(Number));
+    return load_numbers(some);
 }
 
 // sums[t][first + i] = lane by lane, the products of row i of the weight with token t. Rows are `inputs` apart, tokens
 // `stride`. What comes later is fetched ahead, for rows are too short for a processor to foresee where they lead.
-template <int rows, int tokens>
-inline void lane_sums(const int8_t* weight, int64_t inputs, const float* x, int64_t stride, Vector (*sums)[WIDTH],
+template <int rows, int tokens, class Number>
+inline void lane_sums(const Number* weight, int64_t inputs, const float* x, int64_t stride, Vector (*sums)[WIDTH],
                       int64_t first) {
-    const int64_t ahead = rows * inputs < AHEAD ? AHEAD : rows * inputs;
+    constexpr int64_t IN_LINE = LINE / sizeof(Number), NEXT = AHEAD / sizeof(Number);
+    const int64_t ahead = rows * inputs < NEXT ? NEXT : rows * inputs;
     Vector total[rows][tokens] = {};
     auto add = [&](int64_t input, auto read) {
         Vector line[tokens];
@@ -75,20 +104,23 @@ inline void lane_sums(const int8_t* weight, int64_t inputs, const float* x, int6
         }
     };
     int64_t input = 0;
-    for (; input + LINE <= inputs; input += LINE) {
+    auto whole = [](const Number* from) { return load_numbers(from); };
+    for (; input + IN_LINE <= inputs; input += IN_LINE) {
         for (int i = 0; i < rows; ++i) __builtin_prefetch(weight + i * inputs + input + ahead);
-        for (int64_t i = 0; i < LINE; i += WIDTH) add(input + i, load_whole);
+        for (int64_t i = 0; i < IN_LINE; i += WIDTH) add(input + i, whole);
     }
-    for (; input + WIDTH <= inputs; input += WIDTH) add(input, load_whole);
-    if (input < inputs) add(input, [&](const int8_t* from) { return load_some_whole(from, inputs - input); });
+    for (; input + WIDTH <= inputs; input += WIDTH) add(input, whole);
+    if (input < inputs) add(input, [&](const Number* from) { return load_some_numbers(from, inputs - input); });
     for (int i = 0; i < rows; ++i)
         for (int t = 0; t < tokens; ++t) sums[t][first + i] = total[i][t];
 }
 
-// Outputs number `first` to `first + count`, at most a vector of them, whose rows begin at `weight`, for some tokens.
-template <int tokens, class T>
-inline void few_results(const int8_t* weight, int64_t inputs, const Factors& factors, int64_t first, int64_t count,
-                        const float* x, int64_t stride, T* const* to) {
+// put(token, output, values, count) of `count` outputs, at most a vector of them, from number `first` on, whose rows
+// begin at `weight`, for the tokens x from number `token` on.
+template <int tokens, class Number, class Put>
+inline void few_results(const Linear& layer, const Number* weight, int64_t first, int64_t count, const float* x,
+                        int64_t stride, int64_t token, const Put& put) {
+    const int64_t inputs = layer.inputs();
     constexpr int rows = tokens == 4 && BLOCK_VECTORS == 2 ? 2 : 4;  // as many sums as there are registers for
     Vector sums[tokens][WIDTH] = {};
     int64_t i = 0;
@@ -98,24 +130,26 @@ inline void few_results(const int8_t* weight, int64_t inputs, const Factors& fac
         transpose_vectors(sums[t]);
         Vector total = {};
         for (int lane = 0; lane < WIDTH; ++lane) total += sums[t][lane];
-        finish(total, factors, first, count, to[t]);
+        put(token + t, first, layer.finished(total, first, count), count);
     }
 }
 
 // turned[i * WEIGHT_STRIP + o] = W_oi for i < depth and `count` outputs, zero for the rest of the strip. Rows of W are
 // `inputs` apart.
-inline void turn_strip(const int8_t* weight, int64_t inputs, int64_t depth, int64_t count, float* turned) {
+template <class Number>
+inline void turn_strip(const Number* weight, int64_t inputs, int64_t depth, int64_t count, float* turned) {
+    constexpr int64_t IN_LINE = LINE / sizeof(Number);
     for (int64_t o = 0; o < WEIGHT_STRIP; o += WIDTH)
         for (int64_t i = 0; i < depth; i += WIDTH) {
-            const int8_t* from = weight + o * inputs + i;
-            if (i % LINE == 0)
+            const Number* from = weight + o * inputs + i;
+            if (i % IN_LINE == 0)
                 for (int j = 0; j < WIDTH; ++j) __builtin_prefetch(from + (WEIGHT_STRIP + j) * inputs);
             Vector lines[WIDTH];
             if (depth - i >= WIDTH && count - o >= WIDTH) {
-                for (int j = 0; j < WIDTH; ++j) lines[j] = load_whole(from + j * inputs);
+                for (int j = 0; j < WIDTH; ++j) lines[j] = load_numbers(from + j * inputs);
             } else {
                 for (int j = 0; j < WIDTH; ++j)
-                    lines[j] = o + j < count ? load_some_whole(from + j * inputs, depth - i) : Vector{};
+                    lines[j] = o + j < count ? load_some_numbers(from + j * inputs, depth - i) : Vector{};
             }
             transpose_vectors(lines);
             for (int j = 0; j < WIDTH; ++j) store(turned + (i + j) * WEIGHT_STRIP + o, lines[j]);
@@ -140,14 +174,14 @@ inline void add_strip(const float* turned, int64_t depth, const float* x, int64_
         for (int v = 0; v < BLOCK_VECTORS; ++v) store(sums + t * WEIGHT_STRIP + v * WIDTH, total[t][v]);
 }
 
-// A strip of outputs, whose rows begin at `weight`, for at least TOGETHER tokens; the last of them in one group with
-// some that are in the group before as well.
-template <class T>
-inline void strip_results(const int8_t* weight, int64_t inputs, const Factors& factors, int64_t first, int64_t count,
-                          const float* x, int64_t stride, int64_t tokens, float* turned, T* const* to) {
+// The same for a strip of outputs and at least TOGETHER tokens; the last of them in one group with some that are in the
+// group before as well.
+template <class Number, class Put>
+inline void strip_results(const Linear& layer, const Number* weight, int64_t first, int64_t count, const float* x,
+                          int64_t stride, int64_t token, int64_t tokens, float* turned, const Put& put) {
     constexpr int64_t GROUPS = TASK_TOKENS / TOGETHER;
+    const int64_t inputs = layer.inputs(), groups = (tokens + TOGETHER - 1) / TOGETHER;
     float sums[GROUPS * TOGETHER * WEIGHT_STRIP];
-    const int64_t groups = (tokens + TOGETHER - 1) / TOGETHER;
     auto begin = [&](int64_t group) {
         return (group + 1) * TOGETHER <= tokens ? group * TOGETHER : tokens - TOGETHER;
     };
@@ -159,10 +193,15 @@ inline void strip_results(const int8_t* weight, int64_t inputs, const Factors& f
                       sums + group * TOGETHER * WEIGHT_STRIP);
     }
     for (int64_t group = 0; group < groups; ++group)
-        for (int t = 0; t < TOGETHER; ++t)
-            for (int v = 0; v < BLOCK_VECTORS && v * WIDTH < count; ++v)
-                finish(load(sums + (group * TOGETHER + t) * WEIGHT_STRIP + v * WIDTH), factors, first + v * WIDTH,
-                       count - v * WIDTH, to[begin(group) + t]);
+        for (int t = 0; t < TOGETHER; ++t) {
+            const int64_t at = begin(group) + t;
+            if (at < group * TOGETHER) continue;  // put already
+            for (int v = 0; v < BLOCK_VECTORS && v * WIDTH < count; ++v) {
+                const int64_t output = first + v * WIDTH, some = count - v * WIDTH < WIDTH ? count - v * WIDTH : WIDTH;
+                Vector total = load(sums + (group * TOGETHER + t) * WEIGHT_STRIP + v * WIDTH);
+                put(token + at, output, layer.finished(total, output, some), some);
+            }
+        }
 }
 
 // panel[t * stride + i] = x_t[i], zero up to whole vectors.
@@ -181,47 +220,82 @@ void pack_tokens(const Tokens<const T>& x, int64_t tokens, int64_t inputs, int64
     });
 }
 
-// rows(first, count, bytes) gives the address of the whole numbers [count, I] of outputs from number `first` on; it may
-// write them to `bytes`.
-template <class T, class ReadRows>
-void multiply_weight(const Tensor& x, const Factors& factors, const Tensor& y, const Workspace& workspace, int threads,
-                     const ReadRows& rows) {
-    const int64_t tokens = x.size(0) * x.size(1), inputs = x.size(2), outputs = y.size(2), stride = workspace.stride;
-    require(tokens > 0 && inputs > 0 && outputs > 0, "weight_matmul: there is at least one of everything");
-    pack_tokens(Tokens<const T>(x), tokens, inputs, stride, workspace.floats, threads);
-    const Tokens<T> results(y);
-    const bool few = tokens <= FEW;
-    const int64_t height = few ? WIDTH : WEIGHT_STRIP, strips = (outputs + height - 1) / height;
+// put(layer, token, output, values, count), once for every output of layers that read the same tokens x.
+template <class Put>
+void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t stride, int64_t tokens,
+              const StripSpace& space, int threads, const Put& put) {
+    const bool few = tokens <= FEW_TOKENS;
+    const int64_t height = few ? WIDTH : WEIGHT_STRIP, inputs = layers[0].inputs();
+    auto strips_of = [&](const Linear& layer) { return (layer.outputs() + height - 1) / height; };
+    int64_t strips = 0;
+    for (int i = 0; i < count_of_layers; ++i) strips += strips_of(layers[i]);
     int64_t most = TASK_FLOATS / stride;
     most = most < 2 * TOGETHER ? 2 * TOGETHER : most < TASK_TOKENS ? most : TASK_TOKENS;
     const int64_t tiles = (tokens + most - 1) / most;  // all of them of at least TOGETHER tokens, unless these are few
-    int64_t shares = tokens * inputs * outputs / TASK_PRODUCTS / tiles + 1;
+    int64_t shares = tokens * inputs * strips * height / TASK_PRODUCTS / tiles + 1;
     shares = shares < 8 * threads ? shares : 8 * threads;
     shares = shares < strips ? shares : strips;
     for_each_task(tiles * shares, threads, [&](int64_t task, int thread) {
         const int64_t tile = task / shares, share = task % shares;
         const int64_t begin = tokens * tile / tiles, here = tokens * (tile + 1) / tiles - begin;
-        const float* panel = workspace.floats + begin * stride;
-        T* to[TASK_TOKENS];
-        results.addresses(begin, here, to);
-        for (int64_t strip = strips * share / shares; strip < strips * (share + 1) / shares; ++strip) {
-            const int64_t first = strip * height, count = outputs - first < height ? outputs - first : height;
-            const int8_t* weight = rows(first, count, workspace.bytes(thread));
-            int64_t t = 0;
-            auto run = [&](auto number) {
-                constexpr int some = decltype(number)::value;
-                few_results<some>(weight, inputs, factors, first, count, panel + t * stride, stride, to + t);
-                t += some;
+        const float* panel = x + begin * stride;
+        int64_t strip = strips * share / shares, before = 0;
+        const int64_t end = strips * (share + 1) / shares;
+        for (int i = 0; i < count_of_layers && strip < end; before += strips_of(layers[i++])) {
+            const Linear& layer = layers[i];
+            const int64_t outputs = layer.outputs(), stop = before + strips_of(layer);
+            auto to = [&](int64_t token, int64_t output, Vector values, int64_t some) {
+                put(i, token, output, values, some);
             };
-            if (few) {
-                while (t + 4 <= here) run(Rows<4>{});
-                if (t + 2 <= here) run(Rows<2>{});
-                if (t < here) run(Rows<1>{});
-                continue;
-            }
-            strip_results(weight, inputs, factors, first, count, panel, stride, here, workspace.turned(thread), to);
+            layer.with_rows([&](const auto& rows) {
+                for (; strip < end && strip < stop; ++strip) {
+                    const int64_t first = (strip - before) * height;
+                    const int64_t count = outputs - first < height ? outputs - first : height;
+                    const auto* weight = rows(first, count, space.bytes(thread));
+                    if (!few) {
+                        strip_results(layer, weight, first, count, panel, stride, begin, here, space.turned(thread), to);
+                        continue;
+                    }
+                    int64_t t = 0;
+                    auto run = [&](auto number) {
+                        constexpr int some = decltype(number)::value;
+                        few_results<some>(layer, weight, first, count, panel + t * stride, stride, begin + t, to);
+                        t += some;
+                    };
+                    while (t + 4 <= here) run(Rows<4>{});
+                    if (t + 2 <= here) run(Rows<2>{});
+                    if (t < here) run(Rows<1>{});
+                }
+            });
         }
     });
+}
+
+// y [B, T, O], without gaps, of x [B, T, I].
+template <class T>
+void multiply_tokens(const Tensor& x, const Linear& layer, const Tensor& y, float* room, int threads) {
+    const int64_t tokens = x.size(0) * x.size(1), inputs = x.size(2), outputs = y.size(2), stride = round_up(inputs);
+    pack_tokens(Tokens<const T>(x), tokens, inputs, stride, room, threads);
+    multiply(&layer, 1, room, stride, tokens, StripSpace(inputs, room + tokens * stride), threads,
+             [&](int, int64_t token, int64_t first, Vector values, int64_t count) {
+                 T* to = y.as<T>() + token * outputs + first;
+                 if (count < WIDTH) store_part(to, values, count);
+                 else store(to, values);
+             });
+}
+
+inline int64_t workspace_floats(int64_t tokens, int64_t inputs, int threads) {
+    return tokens * round_up(inputs) + threads * StripSpace(inputs, nullptr).size;
+}
+
+// The operators' products: x [B, T, I] with one layer, to y [B, T, O].
+inline void multiply_weight(const Tensor& x, const Linear& layer, const Tensor& y, const Tensor& room, int threads) {
+    const int64_t tokens = x.size(0) * x.size(1), inputs = x.size(2);
+    require(tokens > 0 && inputs > 0 && y.size(2) > 0, "weight_matmul: there is at least one of everything");
+    require(layer.outputs() == y.size(2) && layer.inputs() == inputs, "weight_matmul: the weight is [O, I]");
+    require(room.size(0) >= workspace_floats(tokens, inputs, threads), "weight_matmul: the workspace is too small");
+    if (x.dtype == Dtype::bfloat16) multiply_tokens<bfloat16>(x, layer, y, room.as<float>(), threads);
+    else multiply_tokens<float>(x, layer, y, room.as<float>(), threads);
 }
 
 }  // namespace seqmix

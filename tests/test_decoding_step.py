@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from seqmix.compress._quantizers import four_bits
 from seqmix.core.state import concatenate_rows, leaves
 from seqmix.kernels import decoding, missing
 from seqmix.linears import replace_layer
+from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
 from seqmix.models import _decoding
 from seqmix.models.hf import create
 from seqmix.ops import record_forms
+from seqmix.testing._memory import guarded_memory
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -89,29 +92,27 @@ def test_it_is_what_the_parts_compute(layout, without, calls):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
 def test_weights_of_few_bits_and_halves(kind, without, calls):
     model = build("2x[attention(key_heads=3)]")
-    if kind == "int8":
-        for name in (
-            "mixer.query",
-            "mixer.value",
-            "mixer.output",
-            "channel.gate",
-            "channel.output",
-        ):
-            place = f"backbone.blocks.1.{name}"
-            replace_layer(model, place, Int8.of(model.get_submodule(place)))
-    else:
+    for name in ("mixer.query", "mixer.value", "mixer.output", "channel.gate", "channel.output"):
+        place = f"backbone.blocks.1.{name}"
+        layer = model.get_submodule(place)
+        if kind == "int8":
+            replace_layer(model, place, Int8.of(layer))
+        if kind == "int4":
+            replace_layer(model, place, Int4.of(layer, *four_bits(layer.weight, 20)))
+    if kind == "bfloat16":
         model = model.bfloat16()
     ids, pieces = tokens(2, 100), (1, 9, 1)
     with record_forms() as forms:
         got, _ = decode(model, ids, 80, pieces)
     assert calls.count("attention_step") == calls.count("gated_step") == 2 * len(pieces)
     assert ("attention", "native") in forms
-    assert (("int8_matmul", "native") in forms) == (kind == "int8")
+    for name in ("int8", "int4"):
+        assert ((f"{name}_matmul", "native") in forms) == (kind == name)
     wanted, _ = without(lambda: decode(model, ids, 80, pieces))
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if kind == "int8" else {"rtol": 0.05, "atol": 0.05}
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if kind != "bfloat16" else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(got, wanted, **tolerance)
 
 
@@ -202,3 +203,15 @@ def test_nan_of_one_text_stays_there():
         got, _ = model(ids[:, 10:11], state)
     assert got[0].isnan().all()
     torch.testing.assert_close(got[1], wanted[1], rtol=0, atol=0)
+
+
+def test_nothing_is_written_beside_what_is_allocated():
+    for layout in ("attention", "attention(head_width=20, key_heads=2)"):
+        for rows, length in ((1, 1), (3, 9)):
+            model, ids = build(layout), tokens(rows, 80)
+            with torch.inference_mode():
+                _, state = model(ids[:, :70])
+                wanted = model(ids[:, 70 : 70 + length], state)[0]
+                with guarded_memory():
+                    got = model(ids[:, 70 : 70 + length], state)[0].clone()
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0)

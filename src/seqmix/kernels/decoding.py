@@ -1,8 +1,9 @@
 """Half a block of a language model for a few tokens, in one compiled call (csrc/decoding.cpp).
 
-A layer is (weight [O, I] in float32, bfloat16 or int8; the factor of each output [O] or None; bias [O] or None), the
-last two in float32. Axes: B texts, T new tokens, D width, S keys with the new ones, H heads, G key heads, K head width,
-R channels that turn.
+A layer is (weight [O, I] in float32, bfloat16 or int8; the factor of each output [O] or None; bias [O] or None; None;
+0), the factor and the bias in float32. One of 4 bits is (codes, factor, bias, factors of groups, inputs of a group), as
+in `seqmix.ops.int4_matmul`. Axes: B texts, T new tokens, D width, S keys with the new ones, H heads, G key heads, K head
+width, R channels that turn.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from seqmix.kernels._native import native
 
-Layer = tuple[Tensor, Tensor | None, Tensor | None]
+Layer = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
 
 
 def attention_step(

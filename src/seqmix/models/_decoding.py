@@ -18,6 +18,7 @@ from seqmix.kernels._custom import needs_no_dispatcher
 from seqmix.kernels._native import native
 from seqmix.layers.norm import RMSNorm
 from seqmix.layers.positions import turns_of_few
+from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
 from seqmix.mixers.attention import Attention
 from seqmix.ops._operator import note_form
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from seqmix.models.backbone import Block
 
 MOST = 32  # tokens of all texts; for more, what the parts of a block compute takes longer than their calls
+
+STORED = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
@@ -107,17 +110,22 @@ def _layers(*modules: nn.Module) -> Any:
     """The weights of linear layers as the kernels read them; None if one is of another kind."""
     found = []
     for module in modules:
-        held = module._parameters if type(module) is nn.Linear else module._buffers
-        if type(module) not in (nn.Linear, Int8) or not _is_untouched(module):
+        kind = type(module)
+        held = module._parameters if kind is nn.Linear else module._buffers
+        if kind not in (nn.Linear, Int8, Int4) or not _is_untouched(module):
             return None
-        weight, scale, bias = held["weight"], held.get("scale"), held["bias"]
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        factors, group = None, 0
+        if kind is Int4:
+            if module.input_bits is not None:
+                return None
+            weight, factors, group = held["codes"], held["factors"], module.group
+        else:
+            weight = held["weight"]
+        if weight.dtype not in STORED or not weight.is_contiguous():
             return None
-        if not weight.is_contiguous():
-            return None
-        if scale is not None:
-            note_form("int8_matmul", "native")
-        found.append((weight, _wide(scale), _wide(bias)))
+        if kind is not nn.Linear:
+            note_form("int4_matmul" if kind is Int4 else "int8_matmul", "native")
+        found.append((weight, _wide(held.get("scale")), _wide(held["bias"]), factors, group))
     return tuple(found)
 
 
