@@ -294,6 +294,12 @@ SEQMIX_BINDINGS(module) {
         },
         "x"_a, "weight"_a, "eps"_a, "query"_a, "key"_a, "value"_a, "output"_a, "keys"_a, "values"_a, "start"_a,
         "cosines"_a.none(), "sines"_a.none(), "scale"_a, "y"_a, "workspace"_a, "threads"_a);
+    module.def(
+        "linear_step",
+        [](Tensor x, Tensor weight, Tensor bias, Tensor y, Tensor room, int threads) {
+            multiply_weight(x, {weight, {}, bias, {}}, y, room, threads);
+        },
+        "x"_a, "weight"_a, "bias"_a.none(), "y"_a, "room"_a, "threads"_a, WithoutGil());
     module.def("gated_step_floats", [](int64_t tokens, int64_t inputs, int64_t hidden, int threads) {
         GatedStep step{};
         step.threads = threads;

@@ -18,7 +18,7 @@ constexpr int64_t WEIGHT_STRIP = BLOCK_VECTORS * WIDTH;   // outputs that are tu
 constexpr int64_t DEPTH = 288;                             // inputs, which fit into the first cache so with their tokens
 constexpr int TOGETHER = 6;                               // tokens whose sums are in registers with those of a strip
 constexpr int64_t TASK_TOKENS = 96, TASK_FLOATS = 1 << 16;  // of a task, at most, so that its inputs stay in cache
-constexpr int64_t TASK_PRODUCTS = 1 << 17;                // at least, about: waking a thread takes as long
+constexpr int64_t TASK_PRODUCTS = 1 << 17;                // so many take as long as waking a thread
 
 // A linear layer. Rows of its weight [O, I] follow each other; those of 4 bits are codes with factors of groups.
 struct Linear {
@@ -232,8 +232,7 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
     int64_t most = TASK_FLOATS / stride;
     most = most < 2 * TOGETHER ? 2 * TOGETHER : most < TASK_TOKENS ? most : TASK_TOKENS;
     const int64_t tiles = (tokens + most - 1) / most;  // all of them of at least TOGETHER tokens, unless these are few
-    int64_t shares = tokens * inputs * strips * height / TASK_PRODUCTS / tiles + 1;
-    shares = shares < 8 * threads ? shares : 8 * threads;
+    int64_t shares = tokens * inputs * strips * height < 2 * TASK_PRODUCTS ? 1 : 8 * threads;
     shares = shares < strips ? shares : strips;
     for_each_task(tiles * shares, threads, [&](int64_t task, int thread) {
         const int64_t tile = task / shares, share = task % shares;

@@ -71,3 +71,12 @@ def gated_step(x: Tensor, norm: Tensor, eps: float, layers: tuple[Layer, Layer, 
     y, workspace = torch.empty_like(x), torch.empty(room)
     native.gated_step(x.view(-1, width), norm, eps, *layers, y.view(-1, width), workspace, threads)
     return y
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = W x + bias [B, T, O] in the dtype of x [B, T, I], with W [O, I] in float32 or bfloat16."""
+    threads, y = torch.get_num_threads(), x.new_empty(*x.shape[:2], weight.shape[0])
+    tokens = x.shape[0] * x.shape[1]
+    room = torch.empty(native.weight_matmul_workspace(tokens, x.shape[2], threads))
+    native.linear_step(x, weight, bias, y, room, threads)
+    return y

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from seqmix.models.backbone import Block
 
 MOST = 32  # tokens of all texts; for more, what the parts of a block compute takes longer than their calls
+MOST_HALVES = 4096  # the same of a channel mixer in bfloat16, which PyTorch multiplies slowly on most processors
 
 STORED = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
@@ -34,7 +35,7 @@ STORED = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
     mixer = block.mixer
-    if type(mixer) is not Attention or state is None or not _is_taken(block, x, "mixer"):
+    if type(mixer) is not Attention or state is None or not _is_taken(block, x, "mixer", MOST):
         return None
     c = mixer.config
     if c.window is not None or c.best is not None or c.qk_norm:
@@ -66,7 +67,10 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
 def channel_step(block: Block, x: Tensor) -> Tensor | None:
     """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
     channel = block.channel
-    if type(channel) is not GatedLinearUnit or not _is_taken(block, x, "channel"):
+    if type(channel) is not GatedLinearUnit:
+        return None
+    most = MOST_HALVES if MOST and x.dtype == torch.bfloat16 else MOST
+    if not _is_taken(block, x, "channel", most):
         return None
     if channel.config.activation != "silu":
         return None
@@ -77,20 +81,35 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     return decoding.gated_step(x, norm.weight, norm.eps, layers)
 
 
-def _is_taken(block: Block, x: Tensor, half: str) -> bool:
-    """Whether there are kernels for such tensors, and for all of this half of the block but its layers."""
-    if native is None or torch.is_grad_enabled() or block.residual != "pre":
+def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
+    """Features [B, T, D] of a few tokens to their logits [B, T, V]; None where no kernel does it."""
+    if type(head) is not nn.Linear or features.ndim != 3 or not _is_few(features, MOST):
+        return None
+    weight, bias = head.weight, head.bias
+    if weight.dtype != features.dtype or not weight.is_contiguous() or not _is_untouched(head):
+        return None
+    return decoding.linear_step(features, weight, _wide(bias))
+
+
+def _is_few(x: Tensor, most: int) -> bool:
+    """Whether there are kernels for such tensors, and they are worth their while."""
+    if native is None or torch.is_grad_enabled() or x.stride(-1) != 1:
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < x.shape[0] * x.shape[1] <= MOST:
+    if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < x.shape[0] * x.shape[1] <= most:
+        return False
+    return needs_no_dispatcher(x, (x,)) and not torch.is_autocast_enabled("cpu")
+
+
+def _is_taken(block: Block, x: Tensor, half: str, most: int) -> bool:
+    """Whether there are kernels for all of this half of the block but its layers."""
+    if block.residual != "pre" or not _is_few(x, most):
         return False
     norm, part = getattr(block, f"{half}_norm"), getattr(block, half)
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.weight is None or norm.eps is None:
         return False
     if norm.weight.dtype != x.dtype or not x.is_contiguous() or block.mixer_shortcut is not None:
         return False
-    if not (_is_untouched(norm) and _is_untouched(part)) or torch.is_autocast_enabled("cpu"):
-        return False
-    return needs_no_dispatcher(x, (x,))
+    return _is_untouched(norm) and _is_untouched(part)
 
 
 def _is_untouched(module: nn.Module) -> bool:

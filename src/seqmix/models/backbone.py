@@ -29,7 +29,7 @@ from seqmix.layers.norm import NORMS
 from seqmix.layers.positions import LearnedPositions
 from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
-from seqmix.models._decoding import channel_step, mixer_step
+from seqmix.models._decoding import channel_step, head_step, mixer_step
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
 RESIDUALS = ("pre", "parallel", "sandwich", "post")
@@ -344,7 +344,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """[..., vocabulary] of features [..., D]."""
-        return self.head(features if self.transform is None else self.transform(features))
+        if self.transform is not None:
+            features = self.transform(features)
+        few = head_step(self.head, features)
+        return self.head(features) if few is None else few
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> State:
         """The state of `batch` texts before their first token."""

@@ -49,11 +49,11 @@ class SeqmixReader:
         if len({*lengths}) == 1:
             ids = torch.tensor(texts)
             features, state = self.model.backbone(self.model.embedding(ids), state)
-            return self.model.logits(features[:, -1]), state
+            return self.model.logits(features[:, -1:])[:, 0], state
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         packed = self.model.embedding(torch.tensor([[*chain.from_iterable(texts)]]))
         features, state = self.model.backbone(packed, state, cu_seqlens=ends)
-        return self.model.logits(features[0, ends[1:] - 1]), state
+        return self.model.logits(features[0, ends[1:] - 1].unsqueeze(1))[:, 0], state
 
     @torch.inference_mode()
     def join(self, states: Sequence[State]) -> State:
