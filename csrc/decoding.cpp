@@ -75,7 +75,7 @@ struct AttentionStep {
     float eps, scale;
     Linear read[3], output;       // queries, keys, values
     Tensor keys, values, start;   // [B, S, G, K], the last T of S to be written; [B]: keys before it are none
-    Tensor cosines, sines;        // [1 or B, T, R], of the R channels that turn; the first half of the sines negative
+    Tensor cosines, sines;        // [1 or B, T, 1, R], R channels turn; the first half of the sines negative
     Tensor y;
     int threads;
     int64_t heads;
@@ -109,7 +109,7 @@ struct AttentionStep {
 
     void turn(float* head, int64_t row, int64_t t) const {
         if (!cosines) return;
-        const int64_t text = cosines.size(0) == 1 ? 0 : row, R = cosines.size(2), half = R / 2;
+        const int64_t text = cosines.size(0) == 1 ? 0 : row, R = cosines.size(3), half = R / 2;
         const float* cosine = cosines.as<float>() + text * cosines.stride(0) + t * cosines.stride(1);
         const float* sine = sines.as<float>() + text * sines.stride(0) + t * sines.stride(1);
         for (int64_t i = 0; i < half; ++i) {

@@ -106,7 +106,7 @@ inline void lane_sums(const Number* weight, int64_t inputs, const float* x, int6
     int64_t input = 0;
     auto whole = [](const Number* from) { return load_numbers(from); };
     for (; input + IN_LINE <= inputs; input += IN_LINE) {
-        for (int i = 0; i < rows; ++i) __builtin_prefetch(weight + i * inputs + input + ahead);
+        for (int i = 0; i < rows; ++i) __builtin_prefetch(weight + i * inputs + input + ahead, 0, 2);
         for (int64_t i = 0; i < IN_LINE; i += WIDTH) add(input + i, whole);
     }
     for (; input + WIDTH <= inputs; input += WIDTH) add(input, whole);
@@ -232,7 +232,7 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
     int64_t most = TASK_FLOATS / stride;
     most = most < 2 * TOGETHER ? 2 * TOGETHER : most < TASK_TOKENS ? most : TASK_TOKENS;
     const int64_t tiles = (tokens + most - 1) / most;  // all of them of at least TOGETHER tokens, unless these are few
-    int64_t shares = tokens * inputs * strips * height < 2 * TASK_PRODUCTS ? 1 : 8 * threads;
+    int64_t shares = tokens * inputs * strips * height < 2 * TASK_PRODUCTS ? 1 : 4 * threads;
     shares = shares < strips ? shares : strips;
     for_each_task(tiles * shares, threads, [&](int64_t task, int thread) {
         const int64_t tile = task / shares, share = task % shares;

@@ -2,8 +2,8 @@
 
 A layer is (weight [O, I] in float32, bfloat16 or int8; the factor of each output [O] or None; bias [O] or None; None;
 0), the factor and the bias in float32. One of 4 bits is (codes, factor, bias, factors of groups, inputs of a group), as
-in `seqmix.ops.int4_matmul`. Axes: B texts, T new tokens, D width, S keys with the new ones, H heads, G key heads, K head
-width, R channels that turn.
+in `seqmix.ops.int4_matmul`. Axes: B texts, T new tokens, D width, S keys with the new ones, H heads, G key heads,
+K head width, R channels that turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def attention_step(
         layers: of queries [H K, D], keys and values [G K, D], and the output [D, H K].
         keys, values: [B, S, G, K]; the last T of S are written.
         start: keys of a text before this one are none, [B] int64.
-        turns: cosines and signed sines, [1 or B, T, R] in float32, or None.
+        turns: cosines and signed sines, [1 or B, T, 1, R] in float32, or None.
     """
     batch, tokens, width = x.shape
     length, groups, head_width = keys.shape[1:]

@@ -34,51 +34,42 @@ STORED = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
-    mixer = block.mixer
-    if type(mixer) is not Attention or state is None or not _is_taken(block, x, "mixer", MOST):
+    mixer: Any = block._modules.get("mixer")
+    if state is None or type(mixer) is not Attention or not _is_few(x, MOST):
         return None
     c = mixer.config
     if c.window is not None or c.best is not None or c.qk_norm:
         return None
-    layers = _layers(mixer.query, mixer.key, mixer.value, mixer.output)
-    keys, values = state["keys"], state["values"]
+    norm = _norm(block, x, "mixer")
+    layers = None if norm is None else _layers(mixer, "query", "key", "value", "output")
+    keys, values, start = state["keys"], state["values"], state["start"]
     if layers is None or not (_is_kept(keys, x) and _is_kept(values, x)):
         return None
-    start, tokens = state["start"], x.shape[1]
+    tokens = x.shape[1]
     keys, values = keys.extended(tokens), values.extended(tokens)
     turns: Any = (None, None)
     if c.rope_base is not None:
-        first = keys.length - tokens
-        starts = tuple(start.tolist())
-        starts = starts[:1] if len({*starts}) == 1 else starts
-        places = tuple(first - begin + t for begin in starts for t in range(tokens))
+        first, starts = keys.length - tokens, start.tolist()
+        if len({*starts}) == 1:
+            del starts[1:]
+        places = tuple([first - begin + t for begin in starts for t in range(tokens)])
         shape = len(starts), tokens
         turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
-        turns = tuple(turn.squeeze(-2) for turn in turns)
     scale = c.head_width**-0.5 if c.scale is None else c.scale
-    norm = block.mixer_norm
-    y = decoding.attention_step(
-        x, norm.weight, norm.eps, layers, keys.tensor, values.tensor, start, turns, scale
-    )
+    y = decoding.attention_step(x, *norm, layers, keys.tensor, values.tensor, start, turns, scale)
     note_form("attention", "native")
     return y, {"keys": keys, "values": values, "start": start}
 
 
 def channel_step(block: Block, x: Tensor) -> Tensor | None:
     """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
-    channel = block.channel
-    if type(channel) is not GatedLinearUnit:
+    channel: Any = block._modules.get("channel")
+    if type(channel) is not GatedLinearUnit or channel.config.activation != "silu":
         return None
     most = MOST_HALVES if MOST and x.dtype == torch.bfloat16 else MOST
-    if not _is_taken(block, x, "channel", most):
-        return None
-    if channel.config.activation != "silu":
-        return None
-    layers = _layers(channel.gate, channel.up, channel.output)
-    if layers is None:
-        return None
-    norm = block.channel_norm
-    return decoding.gated_step(x, norm.weight, norm.eps, layers)
+    norm = _norm(block, x, "channel") if _is_few(x, most) else None
+    layers = None if norm is None else _layers(channel, "gate", "up", "output")
+    return None if layers is None else decoding.gated_step(x, *norm, layers)
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -100,16 +91,22 @@ def _is_few(x: Tensor, most: int) -> bool:
     return needs_no_dispatcher(x, (x,)) and not torch.is_autocast_enabled("cpu")
 
 
-def _is_taken(block: Block, x: Tensor, half: str, most: int) -> bool:
-    """Whether there are kernels for all of this half of the block but its layers."""
-    if block.residual != "pre" or not _is_few(x, most):
-        return False
-    norm, part = getattr(block, f"{half}_norm"), getattr(block, half)
-    if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.weight is None or norm.eps is None:
-        return False
-    if norm.weight.dtype != x.dtype or not x.is_contiguous() or block.mixer_shortcut is not None:
-        return False
-    return _is_untouched(norm) and _is_untouched(part)
+def _norm(block: Block, x: Tensor, half: str) -> Any:
+    """Weight and epsilon of this half's norm; None if the kernels cannot compute all around its layers."""
+    parts: dict[str, Any] = block._modules
+    norm = parts.get(f"{half}_norm")
+    if (
+        block.residual != "pre"
+        or parts.get(f"{half}_shortcut") is not None
+        or not x.is_contiguous()
+    ):
+        return None
+    if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.eps is None:
+        return None
+    weight = norm._parameters["weight"]
+    if weight is None or weight.dtype != x.dtype:
+        return None
+    return (weight, norm.eps) if _is_untouched(norm) and _is_untouched(parts[half]) else None
 
 
 def _is_untouched(module: nn.Module) -> bool:
@@ -118,17 +115,17 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _is_kept(kept: Any, like: Tensor) -> bool:
-    return (
-        isinstance(kept, Growing)
-        and kept.tensor.dtype == like.dtype
-        and kept.tensor.stride(-1) == 1
-    )
+    if type(kept) is not Growing:
+        return False
+    tensor = kept.tensor
+    return tensor.dtype == like.dtype and tensor.stride(-1) == 1
 
 
-def _layers(*modules: nn.Module) -> Any:
+def _layers(part: nn.Module, *names: str) -> Any:
     """The weights of linear layers as the kernels read them; None if one is of another kind."""
     found = []
-    for module in modules:
+    for name in names:
+        module: Any = part._modules[name]
         kind = type(module)
         held = module._parameters if kind is nn.Linear else module._buffers
         if kind not in (nn.Linear, Int8, Int4) or not _is_untouched(module):
