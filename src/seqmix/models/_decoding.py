@@ -40,7 +40,7 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
     c = mixer.config
     if c.window is not None or c.best is not None or c.qk_norm:
         return None
-    norm = _norm(block, x, "mixer")
+    norm: Any = _norm(block, x, "mixer")
     layers = None if norm is None else _layers(mixer, "query", "key", "value", "output")
     keys, values, start = state["keys"], state["values"], state["start"]
     if layers is None or not (_is_kept(keys, x) and _is_kept(values, x)):
@@ -67,7 +67,7 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     if type(channel) is not GatedLinearUnit or channel.config.activation != "silu":
         return None
     most = MOST_HALVES if MOST and x.dtype == torch.bfloat16 else MOST
-    norm = _norm(block, x, "channel") if _is_few(x, most) else None
+    norm: Any = _norm(block, x, "channel") if _is_few(x, most) else None
     layers = None if norm is None else _layers(channel, "gate", "up", "output")
     return None if layers is None else decoding.gated_step(x, *norm, layers)
 
