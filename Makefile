@@ -11,11 +11,12 @@ BUDGET := decode_ms<2@8192, memory_mb<400
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench compression kernels sanitize
+.PHONY: help demo test slow lint docs bench compression kernels sanitize
 
 help:
 	@echo "make demo   compare six architectures on Shakespeare and write $(DEMO)/report.html"
 	@echo "make test   run the tests"
+	@echo "make slow   run the tests that take minutes: load and fuzz of the server"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make docs   build the documentation into site/"
 	@echo "make bench  time every form of every operator, and the speeds to reach"
@@ -35,6 +36,9 @@ test: $(VENV)/test.stamp $(VENV)/assets.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 	SEQMIX_NATIVE=0 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/test_mixers.py tests/test_models.py \
 		-k "not ($(IN_FLOAT64))"
+
+slow: $(VENV)/test.stamp $(VENV)/assets.stamp
+	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 # What docs/compression keeps: hours of two cores at most, and a stopped run goes on.
 COMPRESS := $(BIN)/seqmix compress smollm2-135m --data shakespeare
