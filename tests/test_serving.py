@@ -54,7 +54,7 @@ def server():
 def test_every_server_gets_every_passage_once_and_a_row_per_workload(server, tmp_path):
     url, asked, _ = server
     servers = [Server("a", url), Server.parse(f"b={url}/#second")]
-    record = measure_servers(servers, WORKLOADS, TEXT, out=tmp_path, rounds=2)
+    record = measure_servers(servers, WORKLOADS, TEXT, out=tmp_path / "serving", rounds=2)
     assert [(row["server"], row["streams"]) for row in record["rows"]] == [
         ("a", 1), ("b", 1), ("a", 4), ("b", 4)
     ]  # fmt: skip

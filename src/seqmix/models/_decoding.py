@@ -55,8 +55,11 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
         places = tuple([first - begin + t for begin in starts for t in range(tokens)])
         shape = len(starts), tokens
         turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
+    weight, eps = norm
     scale = c.head_width**-0.5 if c.scale is None else c.scale
-    y = decoding.attention_step(x, *norm, layers, keys.tensor, values.tensor, start, turns, scale)
+    y = decoding.attention_step(
+        x, weight, eps, layers, keys.tensor, values.tensor, start, turns, scale
+    )
     note_form("attention", "native")
     return y, {"keys": keys, "values": values, "start": start}
 
@@ -69,7 +72,10 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     most = MOST_HALVES if MOST and x.dtype == torch.bfloat16 else MOST
     norm: Any = _norm(block, x, "channel") if _is_few(x, most) else None
     layers = None if norm is None else _layers(channel, "gate", "up", "output")
-    return None if layers is None else decoding.gated_step(x, *norm, layers)
+    if layers is None:
+        return None
+    weight, eps = norm
+    return decoding.gated_step(x, weight, eps, layers)
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
