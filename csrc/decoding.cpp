@@ -53,16 +53,28 @@ void norm(const Tensor& x, const Tensor& weight, float eps, const Panel& to) {
     }
 }
 
-// y = x + W_o from, for tokens [tokens, D].
+// y = x + W_o from, for tokens x [tokens, D]; or S x + W_o from, where there is a shortcut S. `whole` is room for x.
 template <class T>
-void add_output(const Linear& output, const Panel& from, const Tensor& x, const Tensor& y, float* room, int threads) {
-    multiply(&output, 1, from.data, from.stride, x.size(0), StripSpace(from.width, room), threads,
-             [&](int, int64_t token, int64_t first, Vector values, int64_t count) {
-                 const T* old = x.as<T>() + token * x.stride(0) + first;
-                 T* to = y.as<T>() + token * y.stride(0) + first;
-                 if (count == WIDTH) store(to, load(old) + values);
-                 else store_part(to, load_part(old, count) + values, count);
-             });
+void add_output(const Linear& output, const Linear& shortcut, const Panel& from, const Tensor& x, const Panel& whole,
+                const Tensor& y, float* room, int threads) {
+    auto add = [&](const Tensor& old) {
+        return [&, old](int, int64_t token, int64_t first, Vector values, int64_t count) {
+            T* to = y.as<T>() + token * y.stride(0) + first;
+            const T* before = old ? old.as<T>() + token * old.stride(0) + first : nullptr;
+            if (before) values += count == WIDTH ? load(before) : load_part(before, count);
+            if (count == WIDTH) store(to, values);
+            else store_part(to, values, count);
+        };
+    };
+    const int64_t count = x.size(0);
+    if (shortcut.weight) {
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t c = 0; c < whole.width; ++c)
+                whole.row(t)[c] = to_float(x.as<T>()[t * x.stride(0) + c]);
+        multiply(&shortcut, 1, whole.data, whole.stride, count, StripSpace(whole.width, room), threads, add({}));
+    }
+    multiply(&output, 1, from.data, from.stride, count, StripSpace(from.width, room), threads,
+             add(shortcut.weight ? y : x));
 }
 
 // What a thread needs for products with so many inputs, and with others afterwards.
@@ -74,6 +86,7 @@ struct AttentionStep {
     Tensor x, weight;             // [B * T, D], [D]
     float eps, scale;
     Linear read[3], output;       // queries, keys, values
+    Linear shortcut;              // or none
     Tensor keys, values, start;   // [B, S, G, K], the last T of S to be written; [B]: keys before it are none
     Tensor cosines, sines;        // [1 or B, T, 1, R], R channels turn; the first half of the sines negative
     Tensor y;
@@ -200,7 +213,7 @@ struct AttentionStep {
                 finish(queries, r, NOTHING, attended.row(token) + head * K);
             }
         }
-        add_output<T>(output, attended, x, y, room, threads);
+        add_output<T>(output, shortcut, attended, x, normed, y, room, threads);
     }
 };
 
@@ -208,6 +221,7 @@ struct GatedStep {
     Tensor x, weight;  // [tokens, D], [D]
     float eps;
     Linear read[2], output;  // gate, up
+    Linear shortcut;         // or none
     Tensor y;
     int threads;
     int64_t hidden;
@@ -235,7 +249,7 @@ struct GatedStep {
                 float* gate = both[0].row(t) + c;
                 store(gate, silu(load(gate)) * load(both[1].row(t) + c));
             }
-        add_output<T>(output, both[0], x, y, workspace, threads);
+        add_output<T>(output, shortcut, both[0], x, normed, y, workspace, threads);
     }
 };
 
@@ -254,6 +268,12 @@ Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     require_shape(weight, "decoding: a weight does not fit", {outputs, inputs});
     require(weight.stride(1) == 1 && weight.stride(0) == inputs, "decoding: a weight has gaps");
     return {weight, scale, bias, {}};
+}
+
+Linear shortcut_of(const Layer& layer, int64_t inputs, int64_t outputs) {
+    if (std::get<0>(layer)) return linear_of(layer, inputs, outputs);
+    require(inputs == outputs, "decoding: without a shortcut the output is as wide as the input");
+    return {};
 }
 
 int64_t outputs_of(const Layer& layer) { return std::get<0>(layer).size(0); }
@@ -282,17 +302,18 @@ SEQMIX_BINDINGS(module) {
         });
     module.def(
         "attention_step",
-        [](Tensor x, Tensor weight, double eps, Layer query, Layer key, Layer value, Layer output, Tensor keys,
-           Tensor values, Tensor start, Tensor cosines, Tensor sines, double scale, Tensor y, Tensor workspace,
+        [](Tensor x, Tensor weight, double eps, Layer query, Layer key, Layer value, Layer output, Layer shortcut,
+           Tensor keys, Tensor values, Tensor start, Tensor cosines, Tensor sines, double scale, Tensor y, Tensor workspace,
            int threads) {
             const int64_t D = x.size(1), K = keys.size(3), all = outputs_of(query), shared = keys.size(2) * K;
             AttentionStep step{x, weight, float(eps), float(scale),
                                {linear_of(query, D, all), linear_of(key, D, shared), linear_of(value, D, shared)},
-                               linear_of(output, all, D), keys, values, start, cosines, sines, y, threads, all / K};
+                               linear_of(output, all, y.size(1)), shortcut_of(shortcut, D, y.size(1)), keys, values, start,
+                               cosines, sines, y, threads, all / K};
             nb::gil_scoped_release release;
             run(step, workspace);
         },
-        "x"_a, "weight"_a, "eps"_a, "query"_a, "key"_a, "value"_a, "output"_a, "keys"_a, "values"_a, "start"_a,
+        "x"_a, "weight"_a, "eps"_a, "query"_a, "key"_a, "value"_a, "output"_a, "shortcut"_a, "keys"_a, "values"_a, "start"_a,
         "cosines"_a.none(), "sines"_a.none(), "scale"_a, "y"_a, "workspace"_a, "threads"_a);
     module.def(
         "linear_step",
@@ -309,15 +330,15 @@ SEQMIX_BINDINGS(module) {
     });
     module.def(
         "gated_step",
-        [](Tensor x, Tensor weight, double eps, Layer gate, Layer up, Layer output, Tensor y, Tensor workspace,
-           int threads) {
+        [](Tensor x, Tensor weight, double eps, Layer gate, Layer up, Layer output, Layer shortcut, Tensor y,
+           Tensor workspace, int threads) {
             const int64_t D = x.size(1), hidden = outputs_of(gate);
             GatedStep step{x, weight, float(eps), {linear_of(gate, D, hidden), linear_of(up, D, hidden)},
-                           linear_of(output, hidden, D), y, threads, hidden};
+                           linear_of(output, hidden, y.size(1)), shortcut_of(shortcut, D, y.size(1)), y, threads, hidden};
             nb::gil_scoped_release release;
             run(step, workspace);
         },
-        "x"_a, "weight"_a, "eps"_a, "gate"_a, "up"_a, "output"_a, "y"_a, "workspace"_a, "threads"_a);
+        "x"_a, "weight"_a, "eps"_a, "gate"_a, "up"_a, "output"_a, "shortcut"_a, "y"_a, "workspace"_a, "threads"_a);
 }
 
 }  // namespace seqmix

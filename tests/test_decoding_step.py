@@ -65,6 +65,18 @@ def calls(monkeypatch):
     return seen
 
 
+def test_shortcuts_are_part_of_it(without, calls):
+    model = create("2x[attention]", width=60, heads=6, vocabulary=50, shortcuts=True).eval().model
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.15)
+    ids, pieces = tokens(2, 100), (1, 9)
+    got, _ = decode(model, ids, 80, pieces)
+    assert len(calls) == 2 * 2 * len(pieces)
+    wanted, _ = without(lambda: decode(model, ids, 80, pieces))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def decode(model, ids, first, pieces):
     """Logits of all tokens, the first ones read at once and the others in pieces."""
     with torch.inference_mode():

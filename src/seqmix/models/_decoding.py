@@ -42,8 +42,9 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
         return None
     norm: Any = _norm(block, x, "mixer")
     layers = None if norm is None else _layers(mixer, "query", "key", "value", "output")
+    shortcut = _shortcut(block, "mixer")
     keys, values, start = state["keys"], state["values"], state["start"]
-    if layers is None or not (_is_kept(keys, x) and _is_kept(values, x)):
+    if layers is None or shortcut is None or not (_is_kept(keys, x) and _is_kept(values, x)):
         return None
     tokens = x.shape[1]
     keys, values = keys.extended(tokens), values.extended(tokens)
@@ -58,7 +59,7 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
     weight, eps = norm
     scale = c.head_width**-0.5 if c.scale is None else c.scale
     y = decoding.attention_step(
-        x, weight, eps, layers, keys.tensor, values.tensor, start, turns, scale
+        x, weight, eps, layers, shortcut, keys.tensor, values.tensor, start, turns, scale
     )
     note_form("attention", "native")
     return y, {"keys": keys, "values": values, "start": start}
@@ -72,10 +73,11 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     most = MOST_HALVES if MOST and x.dtype == torch.bfloat16 else MOST
     norm: Any = _norm(block, x, "channel") if _is_few(x, most) else None
     layers = None if norm is None else _layers(channel, "gate", "up", "output")
-    if layers is None:
+    shortcut = _shortcut(block, "channel")
+    if layers is None or shortcut is None:
         return None
     weight, eps = norm
-    return decoding.gated_step(x, weight, eps, layers)
+    return decoding.gated_step(x, weight, eps, layers, shortcut)
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -101,11 +103,7 @@ def _norm(block: Block, x: Tensor, half: str) -> Any:
     """Weight and epsilon of this half's norm; None if the kernels cannot compute all around its layers."""
     parts: dict[str, Any] = block._modules
     norm = parts.get(f"{half}_norm")
-    if (
-        block.residual != "pre"
-        or parts.get(f"{half}_shortcut") is not None
-        or not x.is_contiguous()
-    ):
+    if block.residual != "pre" or not x.is_contiguous():
         return None
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.eps is None:
         return None
@@ -113,6 +111,14 @@ def _norm(block: Block, x: Tensor, half: str) -> Any:
     if weight is None or weight.dtype != x.dtype:
         return None
     return (weight, norm.eps) if _is_untouched(norm) and _is_untouched(parts[half]) else None
+
+
+def _shortcut(block: Block, half: str) -> Any:
+    """The shortcut around this half as a layer, or `NOTHING`; None for one that the kernels do not take."""
+    if block._modules.get(f"{half}_shortcut") is None:
+        return decoding.NOTHING
+    layers = _layers(block, f"{half}_shortcut")
+    return layers and layers[0]
 
 
 def _is_untouched(module: nn.Module) -> bool:
