@@ -1,8 +1,8 @@
 // A few tokens through half a block of a language model, in one call: what its parts compute one after the other, with
 // nothing but the weights and the keys read from memory. Axes as in seqmix/kernels/decoding.py.
 //
-//   attention   y = x + W_o attend(turn(W_q n), turn(W_k n), W_v n)        n = x / sqrt(mean(x^2) + eps) * weight
-//   gated unit  y = x + W_o (silu(W_g n) * W_u n)
+//   attention   y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n)        n = x / sqrt(mean(x^2) + eps) * weight
+//   gated unit  y = S x + W_o (silu(W_g n) * W_u n)                          S a shortcut, or one
 #include "activations.hpp"
 #include "attention.hpp"
 #include "weight_matmul.hpp"
@@ -276,6 +276,11 @@ Linear shortcut_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     return {};
 }
 
+void require_tokens(const Tensor& x, const Tensor& weight) {
+    require(x.axes == 2 && x.size(0) > 0, "decoding: there is a token");
+    require_shape(weight, "decoding: the norm does not fit", {x.size(1)});
+}
+
 int64_t outputs_of(const Layer& layer) { return std::get<0>(layer).size(0); }
 
 template <class Step>
@@ -305,6 +310,11 @@ SEQMIX_BINDINGS(module) {
         [](Tensor x, Tensor weight, double eps, Layer query, Layer key, Layer value, Layer output, Layer shortcut,
            Tensor keys, Tensor values, Tensor start, Tensor cosines, Tensor sines, double scale, Tensor y, Tensor workspace,
            int threads) {
+            require_tokens(x, weight);
+            const int64_t batch = keys.size(0), length = keys.size(1), tokens = x.size(0) / batch;
+            require(keys.axes == 4 && batch * tokens == x.size(0) && tokens <= length, "decoding: rows do not fit");
+            require_shape(values, "decoding: keys and values differ", {batch, length, keys.size(2), keys.size(3)});
+            require_shape(start, "decoding: `start` is [B]", {batch});
             const int64_t D = x.size(1), K = keys.size(3), all = outputs_of(query), shared = keys.size(2) * K;
             AttentionStep step{x, weight, float(eps), float(scale),
                                {linear_of(query, D, all), linear_of(key, D, shared), linear_of(value, D, shared)},
@@ -332,6 +342,7 @@ SEQMIX_BINDINGS(module) {
         "gated_step",
         [](Tensor x, Tensor weight, double eps, Layer gate, Layer up, Layer output, Layer shortcut, Tensor y,
            Tensor workspace, int threads) {
+            require_tokens(x, weight);
             const int64_t D = x.size(1), hidden = outputs_of(gate);
             GatedStep step{x, weight, float(eps), {linear_of(gate, D, hidden), linear_of(up, D, hidden)},
                            linear_of(output, hidden, y.size(1)), shortcut_of(shortcut, D, y.size(1)), y, threads, hidden};

@@ -44,7 +44,7 @@ def without(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(_decoding, "MOST", 0)
+            patch.setattr(_decoding, "_is_few", lambda x, most: False)
             return function()
 
     return run
@@ -229,3 +229,28 @@ def test_nothing_is_written_beside_what_is_allocated():
                 with guarded_memory():
                     got = model(ids[:, 70 : 70 + length], state)[0].clone()
             torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+class Wrapped(torch.Tensor):
+    """A weight that is stored in another way than it looks, as quantised ones of torchao are."""
+
+
+def test_weights_that_only_look_like_tensors_are_left_to_pytorch(calls):
+    model, ids = build("attention"), tokens(1, 82)
+    block = model.backbone.blocks[0]
+    for layer in (block.mixer.key, block.channel.gate):
+        layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Wrapped))
+    decode(model, ids, 80, (1, 1))
+    assert not calls
+
+
+def test_a_state_of_other_rows_is_refused_and_left_as_it_was(calls):
+    model, ids = build("attention"), tokens(3, 82)
+    with torch.inference_mode():
+        _, state = model(ids[:1, :80])
+        wanted = model(ids[:1, 80:81], state)[0]
+        calls.clear()
+        with pytest.raises(RuntimeError, match="size"):
+            model(ids[:, 80:81], state)
+        assert "attention_step" not in calls
+        torch.testing.assert_close(model(ids[:1, 80:81], state)[0], wanted, rtol=0, atol=0)

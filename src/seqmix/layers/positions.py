@@ -100,7 +100,7 @@ def turns_of_few(
     They are kept by value: while a model decodes, each of its layers asks for those of the same few positions.
     """
     with torch.inference_mode(False):  # what is kept must do for training too
-        positions = torch.tensor(values).view(shape)
+        positions = torch.tensor(values, device="cpu").view(shape)
         return _compute_turns(positions, base, width, stretch, dtype)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from seqmix.channels.glu import GatedLinearUnit
 from seqmix.core.state import Growing, State
@@ -20,6 +21,7 @@ from seqmix.layers.norm import RMSNorm
 from seqmix.layers.positions import turns_of_few
 from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
+from seqmix.mixers._attention import AttentionConfig
 from seqmix.mixers.attention import Attention
 from seqmix.ops._operator import note_form
 
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 
 MOST = 32  # tokens of all texts; for more, what the parts of a block compute takes longer than their calls
 MOST_HALVES = 4096  # the same of a channel mixer in bfloat16, which PyTorch multiplies slowly on most processors
-
-STORED = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
@@ -44,7 +44,7 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
     layers = None if norm is None else _layers(mixer, "query", "key", "value", "output")
     shortcut = _shortcut(block, "mixer")
     keys, values, start = state["keys"], state["values"], state["start"]
-    if layers is None or shortcut is None or not (_is_kept(keys, x) and _is_kept(values, x)):
+    if layers is None or shortcut is None or not (_is_kept(keys, x, c) and _is_kept(values, x, c)):
         return None
     tokens = x.shape[1]
     keys, values = keys.extended(tokens), values.extended(tokens)
@@ -70,7 +70,7 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     channel: Any = block._modules.get("channel")
     if type(channel) is not GatedLinearUnit or channel.config.activation != "silu":
         return None
-    most = MOST_HALVES if MOST and x.dtype == torch.bfloat16 else MOST
+    most = MOST_HALVES if x.dtype == torch.bfloat16 else MOST
     norm: Any = _norm(block, x, "channel") if _is_few(x, most) else None
     layers = None if norm is None else _layers(channel, "gate", "up", "output")
     shortcut = _shortcut(block, "channel")
@@ -85,7 +85,9 @@ def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
     if type(head) is not nn.Linear or features.ndim != 3 or not _is_few(features, MOST):
         return None
     weight, bias = head.weight, head.bias
-    if weight.dtype != features.dtype or not weight.is_contiguous() or not _is_untouched(head):
+    if weight.dtype != features.dtype or weight.shape[1] != features.shape[-1]:
+        return None
+    if not (_is_plain(weight) and _is_plain(bias) and _is_untouched(head)):
         return None
     return decoding.linear_step(features, weight, _wide(bias))
 
@@ -108,7 +110,9 @@ def _norm(block: Block, x: Tensor, half: str) -> Any:
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.eps is None:
         return None
     weight = norm._parameters["weight"]
-    if weight is None or weight.dtype != x.dtype:
+    if weight is None or weight.dtype != x.dtype or weight.shape != x.shape[-1:]:
+        return None
+    if not _is_plain(weight):
         return None
     return (weight, norm.eps) if _is_untouched(norm) and _is_untouched(parts[half]) else None
 
@@ -126,11 +130,24 @@ def _is_untouched(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _is_kept(kept: Any, like: Tensor) -> bool:
+def _is_plain(tensor: Tensor | None) -> bool:
+    """Whether a kernel may read it where it lies: no subclass (as quantised weights are), on the CPU, without gaps."""
+    if tensor is None:
+        return True
+    return type(tensor) in (Parameter, Tensor) and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _is_kept(kept: Any, x: Tensor, config: AttentionConfig) -> bool:
+    """Whether keys or values of a state belong to the rows of x, in its dtype."""
     if type(kept) is not Growing:
         return False
     tensor = kept.tensor
-    return tensor.dtype == like.dtype and tensor.stride(-1) == 1
+    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.stride(-1) != 1:
+        return False
+    rows, _, *heads = tensor.shape
+    return (
+        tensor.dtype == x.dtype and rows == len(x) and heads == [config.groups, config.head_width]
+    )
 
 
 def _layers(part: nn.Module, *names: str) -> Any:
@@ -149,7 +166,9 @@ def _layers(part: nn.Module, *names: str) -> Any:
             weight, factors, group = held["codes"], held["factors"], module.group
         else:
             weight = held["weight"]
-        if weight.dtype not in STORED or not weight.is_contiguous():
+        if kind is nn.Linear and weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        if not all(map(_is_plain, held.values())):
             return None
         if kind is not nn.Linear:
             note_form("int4_matmul" if kind is Int4 else "int8_matmul", "native")

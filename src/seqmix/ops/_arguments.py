@@ -24,8 +24,8 @@ def check_tensors(
     argument. Raises `ShapeError` or `DtypeError` naming the argument, what came and what was wanted.
     """
     key = _signature(operator, axes, tensors, sizes)
-    if key is not None and key in _known:
-        return _known[key].copy()
+    if key is not None and (passed := _known.get(key)) is not None:  # another thread may clear it
+        return passed.copy()
     found = _check(operator, axes, tensors, sizes)
     if key is not None:
         if len(_known) >= MOST_KNOWN:
@@ -34,10 +34,9 @@ def check_tensors(
     return found
 
 
+# What has passed: decoding asks the same thousands of times a second.
 MOST_KNOWN = 4096
-_known: dict[
-    Any, dict[str, int]
-] = {}  # what has passed; decoding asks the same thousands of times a second
+_known: dict[Any, dict[str, int]] = {}
 
 
 def _signature(

@@ -149,6 +149,20 @@ class Operator:
             return run(*inputs, **options)
 
 
+def with_extremes(
+    sample: Callable[[Case, Generator], dict[str, Any]], name: str
+) -> Callable[[Case, Generator], dict[str, Any]]:
+    """An operator's `extreme`: what `sample` gives, but argument `name` from nothing to very large, side by side."""
+
+    def extreme(case: Case, generator: Generator) -> dict[str, Any]:
+        inputs = sample(case, generator)
+        levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
+        inputs[name] = levels[torch.randint(len(levels), inputs[name].shape, generator=generator)]
+        return inputs
+
+    return extreme
+
+
 def note_form(operator: str, form: str) -> None:
     """Tells `record_forms` which form of an operator runs; what computes several operators at once says so itself."""
     for record in _records:

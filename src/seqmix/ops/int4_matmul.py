@@ -19,7 +19,7 @@ from seqmix.core.errors import DtypeError, RangeError, ShapeError
 from seqmix.core.numerics import widen
 from seqmix.kernels import int4_matmul as native
 from seqmix.ops._arguments import check_tensors
-from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._operator import Case, Form, Operator, with_extremes
 
 AXES = {"x": "B T I", "scale": "O", "bias": "O"}
 ZERO = 8  # codes are kept as q + 8
@@ -151,14 +151,6 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
     return {**arguments, "bias": normal(outputs)} if case.get("bias") else arguments
 
 
-def extreme(case: Case, generator: Generator) -> dict[str, Any]:
-    """Inputs from nothing to very large, side by side."""
-    inputs = sample(case, generator)
-    levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
-    inputs["x"] = levels[torch.randint(len(levels), inputs["x"].shape, generator=generator)]
-    return inputs
-
-
 def cost(case: Case) -> Cost:
     """Half a byte per weight and per factor of a group, read once; inputs and outputs once."""
     B, T, inputs, outputs = (case[letter] for letter in "BTIO")
@@ -181,7 +173,7 @@ OPERATOR = Operator(
         "dense": Form(dense),
     },
     sample=sample,
-    extreme=extreme,
+    extreme=with_extremes(sample, "x"),
     cases=[
         Case("plain", SIZES, GROUP),
         Case("sixteen", {**SIZES, "I": 48, "O": 133}, {"bias": True, "group": 16}),

@@ -18,7 +18,7 @@ from seqmix.core.errors import DtypeError, ShapeError
 from seqmix.core.numerics import widen
 from seqmix.kernels import int8_matmul as native
 from seqmix.ops._arguments import check_tensors
-from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._operator import Case, Form, Operator, with_extremes
 
 AXES = {"x": "B T I", "scale": "O", "bias": "O"}
 
@@ -97,14 +97,6 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
     return {**arguments, "bias": normal(outputs)} if case.get("bias") else arguments
 
 
-def extreme(case: Case, generator: Generator) -> dict[str, Any]:
-    """Inputs from nothing to very large, side by side."""
-    inputs = sample(case, generator)
-    levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
-    inputs["x"] = levels[torch.randint(len(levels), inputs["x"].shape, generator=generator)]
-    return inputs
-
-
 def cost(case: Case) -> Cost:
     """A byte per weight, read once; inputs and outputs once."""
     B, T, inputs, outputs = (case[letter] for letter in "BTIO")
@@ -126,7 +118,7 @@ OPERATOR = Operator(
         "dense": Form(dense),
     },
     sample=sample,
-    extreme=extreme,
+    extreme=with_extremes(sample, "x"),
     cases=[
         Case("plain", SIZES),
         Case("bias", {**SIZES, "I": 21, "O": 133}, {"bias": True}),

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from seqmix.core.cost import Cost
 from seqmix.core.numerics import widen
 from seqmix.ops._arguments import check_tensors
-from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._operator import Case, Form, Operator, with_extremes
 from seqmix.ops._packing import in_rows
 
 LONGEST_DIRECT = 32  # up to here a product per tap beats the transforms, on a CPU and in training
@@ -112,14 +112,6 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
     return inputs
 
 
-def extreme(case: Case, generator: Generator) -> dict[str, Any]:
-    """Inputs from nothing to very large, side by side."""
-    inputs = sample(case, generator)
-    levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
-    inputs["u"] = levels[torch.randint(len(levels), inputs["u"].shape, generator=generator)]
-    return inputs
-
-
 def cost(case: Case) -> Cost:
     """Of the fft form: three real transforms of 2.5 n log2(n) operations, and the complex product."""
     B, T, E, L = (case[letter] for letter in "BTEL")
@@ -150,7 +142,7 @@ OPERATOR = Operator(
         "fft": Form(fft),
     },
     sample=sample,
-    extreme=extreme,
+    extreme=with_extremes(sample, "u"),
     cases=[
         Case("whole", SIZES),
         Case("skip", SIZES, {"skip": True}),

@@ -22,7 +22,7 @@ from seqmix.core.numerics import widen
 from seqmix.kernels import missing
 from seqmix.kernels import short_convolution as native
 from seqmix.ops._arguments import check_tensors
-from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._operator import Case, Form, Operator, with_extremes
 from seqmix.ops._packing import Packing, in_rows
 
 AXES = {"x": "B T D", "weight": "D W", "bias": "D", "initial_state": "R J D"}
@@ -165,14 +165,6 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
     return inputs | {"initial_state": state}
 
 
-def extreme(case: Case, generator: Generator) -> dict[str, Any]:
-    """Inputs from nothing to very large, side by side."""
-    inputs = sample(case, generator)
-    levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
-    inputs["x"] = levels[torch.randint(len(levels), inputs["x"].shape, generator=generator)]
-    return inputs
-
-
 def cost(case: Case) -> Cost:
     """One multiplication and one addition per tap; input read once, output written once."""
     B, T, D, W = (case[letter] for letter in "BTDW")
@@ -205,7 +197,7 @@ OPERATOR = Operator(
         "conv1d": Form(conv1d),
     },
     sample=sample,
-    extreme=extreme,
+    extreme=with_extremes(sample, "x"),
     cases=[
         Case("plain", SIZES),
         Case("biased", SIZES, {"bias": True, "activation": "silu"}),

@@ -20,7 +20,7 @@ from seqmix.core.numerics import widen
 from seqmix.kernels import sparse_matmul as native
 from seqmix.ops._arguments import check_tensors
 from seqmix.ops._block_sparse import check_pattern, rows_of_blocks
-from seqmix.ops._operator import Case, Form, Operator
+from seqmix.ops._operator import Case, Form, Operator, with_extremes
 
 AXES = {"x": "B T I", "blocks": "N P Q", "bias": "O"}
 
@@ -127,14 +127,6 @@ def sample(case: Case, generator: Generator) -> dict[str, Any]:
     return {**arguments, "offsets": offsets, **bias}
 
 
-def extreme(case: Case, generator: Generator) -> dict[str, Any]:
-    """Inputs from nothing to very large, side by side."""
-    inputs = sample(case, generator)
-    levels = torch.tensor([0.0, 1e-20, -1.0, 1e10, -1e10])
-    inputs["x"] = levels[torch.randint(len(levels), inputs["x"].shape, generator=generator)]
-    return inputs
-
-
 def cost(case: Case) -> Cost:
     """Of the nonzero weights alone; each is read once, and inputs and outputs once."""
     B, T, inputs, outputs = (case[letter] for letter in "BTIO")
@@ -156,7 +148,7 @@ OPERATOR = Operator(
         "dense": Form(dense),
     },
     sample=sample,
-    extreme=extreme,
+    extreme=with_extremes(sample, "x"),
     cases=[
         Case("columns_of_four", SIZES, {"density": 0.3}),
         Case("bias", {**SIZES, "I": 21}, {"density": 0.3, "bias": True}),
