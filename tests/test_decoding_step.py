@@ -161,7 +161,7 @@ def test_a_state_stays_as_it_was():
         torch.testing.assert_close(model(ids[:, 21:22], after)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_many_keys_are_read_in_pieces_whose_number_of_threads_changes_no_bit(without):
     model, ids = build("2x[attention(key_heads=2)]"), tokens(1, 2000)
     before = torch.get_num_threads()
     found = []
@@ -177,6 +177,8 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+    wanted = without(lambda: decode(model, ids, 1999, (1,)))[0][:, 1999:]
+    torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_who_wants_to_see_the_parts_sees_them(calls):
