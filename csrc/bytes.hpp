@@ -31,4 +31,22 @@ inline Vector floats(FewBytes bytes) {
     return __builtin_convertvector(whole, Vector);
 }
 
+// The next WIDTH bytes, each from 0 to 255.
+inline Integers unsigned_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+    return (Integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(__SSE4_1__)
+    int32_t all;
+    std::memcpy(&all, from, sizeof all);
+    return (Integers)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(all));
+#else
+    typedef uint8_t Unsigned __attribute__((vector_size(WIDTH)));
+    Unsigned bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Integers);
+#endif
+}
+
 }  // namespace seqmix

@@ -1,8 +1,14 @@
-// A few tokens through half a block of a language model, in one call: what its parts compute one after the other, with
-// nothing but the weights and the keys read from memory. Axes as in seqmix/kernels/decoding.py.
+// A few tokens through halves of blocks of a language model, in one call: what their parts compute one after the other,
+// with nothing but the weights and the keys read from memory. Axes as in seqmix/kernels/decoding.py.
 //
-//   attention   y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n)        n = x / sqrt(mean(x^2) + eps) * weight
+//   attention   y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n)        n = x / sqrt(mean(x^2) + eps) * norm
 //   gated unit  y = S x + W_o (silu(W_g n) * W_u n)                          S a shortcut, or one
+#include <utility>
+#include <vector>
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
 #include "activations.hpp"
 #include "attention.hpp"
 #include "weight_matmul.hpp"
@@ -77,27 +83,74 @@ void add_output(const Linear& output, const Linear& shortcut, const Panel& from,
              add(shortcut.weight ? y : x));
 }
 
-// What a thread needs for products with so many inputs, and with others afterwards.
-int64_t strip_floats(int64_t inputs, int64_t others) {
-    return StripSpace(inputs > others ? inputs : others, nullptr).size;
+// A layer from Python: weight, factors of its outputs, bias; of 4 bits the codes, and the factors of groups and their
+// size as well.
+using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t>;
+
+Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
+    const auto& [weight, scale, bias, factors, group] = layer;
+    if (factors) {
+        FourBits codes{weight, factors, inputs, group};
+        require(weight.axes == 2 && weight.size(0) == outputs, "decoding: a weight does not fit");
+        require_codes(codes);
+        return {{}, scale, bias, codes};
+    }
+    require_shape(weight, "decoding: a weight does not fit", {outputs, inputs});
+    require(weight.stride(1) == 1 && weight.stride(0) == inputs, "decoding: a weight has gaps");
+    return {weight, scale, bias, {}};
 }
 
+// The weights of half a block: of attention queries, keys and values are read, of a gated unit the gate and what it
+// multiplies.
+struct Half {
+    Tensor norm;
+    float eps;
+    std::vector<Linear> read;
+    Linear output, shortcut;  // the second or none
+    int64_t head_width;       // none of a gated unit
+    float scale;
+
+    Half(Tensor norm, double eps, const std::vector<Layer>& layers, const Layer& output, const Layer& shortcut,
+         int64_t head_width, double scale)
+        : norm(norm), eps(float(eps)), head_width(head_width), scale(float(scale)) {
+        require(norm.axes == 1, "decoding: the norm is [D]");
+        require(layers.size() == (is_attention() ? 3 : 2), "decoding: attention reads three layers, a gated unit two");
+        for (const Layer& layer : layers) read.push_back(linear_of(layer, inputs(), outputs_of(layer)));
+        require(read[read.size() - 1].outputs() == read[read.size() - 2].outputs(), "decoding: layers do not fit");
+        if (is_attention())
+            require(width() % head_width == 0 && shared() % head_width == 0 && width() % shared() == 0,
+                    "decoding: heads do not fit");
+        this->output = linear_of(output, width(), outputs_of(output));
+        if (std::get<0>(shortcut)) this->shortcut = linear_of(shortcut, inputs(), outputs());
+        else require(inputs() == outputs(), "decoding: without a shortcut the output is as wide as the input");
+    }
+
+    bool is_attention() const { return head_width > 0; }
+    int64_t inputs() const { return norm.size(0); }
+    int64_t outputs() const { return output.outputs(); }
+    int64_t width() const { return read[0].outputs(); }   // of what goes into the last layer
+    int64_t shared() const { return read[1].outputs(); }  // of keys
+    int64_t product_floats(int threads) const {
+        return StripSpace(inputs() > width() ? inputs() : width(), nullptr).all(threads);
+    }
+
+private:
+    static int64_t outputs_of(const Layer& layer) { return std::get<0>(layer).size(0); }
+};
+
 struct AttentionStep {
-    Tensor x, weight;             // [B * T, D], [D]
-    float eps, scale;
-    Linear read[3], output;       // queries, keys, values
-    Linear shortcut;              // or none
-    Tensor keys, values, start;   // [B, S, G, K], the last T of S to be written; [B]: keys before it are none
-    Tensor cosines, sines;        // [1 or B, T, 1, R], R channels turn; the first half of the sines negative
-    Tensor y;
+    const Half& half;
+    Tensor keys, values, start;  // [B, S, G, K], the last T of S to be written; [B]: keys before it are none
+    Tensor cosines, sines;       // [1 or B, T, 1, R], R channels turn; the first half of the sines negative
+    int64_t all;                 // tokens of all texts
     int threads;
-    int64_t heads;
 
     int64_t batch() const { return keys.size(0); }
-    int64_t tokens() const { return x.size(0) / batch(); }  // of a text
+    int64_t tokens() const { return all / batch(); }  // of a text
     int64_t groups() const { return keys.size(2); }
     int64_t width() const { return keys.size(3); }
-    int64_t share() const { return heads / groups(); }
+    int64_t heads() const { return half.width() / width(); }
+    int64_t share() const { return heads() / groups(); }
     int64_t rows() const { return tokens() * share(); }  // of queries that read the same keys
     int64_t lines() const { return batch() * groups(); }
     int64_t most_pieces() const {  // of one line
@@ -109,26 +162,21 @@ struct AttentionStep {
     int64_t thread_floats() const {
         return round_up(rows() * round_up(width()) + Scratch::floats(rows(), width(), width()));
     }
-    int64_t product_floats() const {
-        return threads * strip_floats(x.size(1), heads * width());
-    }
-    int64_t all_heads() const { return (heads + 2 * groups()) * width(); }
+    int64_t all_heads() const { return half.width() + 2 * half.shared(); }
     int64_t floats() const {
-        int64_t count = x.size(0);
-        return Panel::floats(count, x.size(1)) + Panel::floats(count, all_heads()) +
-               Panel::floats(count, heads * width()) + product_floats() +
-               lines() * most_pieces() * reading_floats() + threads * thread_floats();
+        return Panel::floats(all, half.inputs()) + Panel::floats(all, all_heads()) + Panel::floats(all, half.width()) +
+               half.product_floats(threads) + lines() * most_pieces() * reading_floats() + threads * thread_floats();
     }
 
     void turn(float* head, int64_t row, int64_t t) const {
         if (!cosines) return;
-        const int64_t text = cosines.size(0) == 1 ? 0 : row, R = cosines.size(3), half = R / 2;
+        const int64_t text = cosines.size(0) == 1 ? 0 : row, R = cosines.size(3), middle = R / 2;
         const float* cosine = cosines.as<float>() + text * cosines.stride(0) + t * cosines.stride(1);
         const float* sine = sines.as<float>() + text * sines.stride(0) + t * sines.stride(1);
-        for (int64_t i = 0; i < half; ++i) {
-            float first = head[i], second = head[half + i];
+        for (int64_t i = 0; i < middle; ++i) {
+            float first = head[i], second = head[middle + i];
             head[i] = first * cosine[i] + second * sine[i];
-            head[half + i] = second * cosine[half + i] + first * sine[half + i];
+            head[middle + i] = second * cosine[middle + i] + first * sine[middle + i];
         }
     }
 
@@ -145,7 +193,7 @@ struct AttentionStep {
 
     // A piece of the keys of one text and key head.
     template <class T>
-    void read_piece(int64_t line, int64_t piece, const Panel& all, float* reading, float* space) const {
+    void read_piece(int64_t line, int64_t piece, const Panel& read, float* reading, float* space) const {
         const int64_t row = line / groups(), group = line % groups(), T_ = tokens(), S = keys.size(1);
         const int64_t begin = start.as<int64_t>()[row], pieces = most_pieces();
         const int64_t tiles = (S - begin + TILE - 1) / TILE;
@@ -153,9 +201,9 @@ struct AttentionStep {
         queries.start();
         for (int64_t t = 0; t < T_; ++t)
             for (int64_t h = 0; h < share(); ++h) {
-                const float* from = all.row(row * T_ + t) + (group * share() + h) * width();
+                const float* from = read.row(row * T_ + t) + (group * share() + h) * width();
                 float* to = queries.q + (t * share() + h) * queries.q_row();
-                for (int64_t c = 0; c < queries.q_row(); ++c) to[c] = c < width() ? from[c] * scale : 0.0f;
+                for (int64_t c = 0; c < queries.q_row(); ++c) to[c] = c < width() ? from[c] * half.scale : 0.0f;
             }
         Scratch scratch = Scratch::at(space + rows() * round_up(width()), rows(), width(), width());
         for (int64_t tile = tiles * piece / pieces; tile < tiles * (piece + 1) / pieces; ++tile) {
@@ -174,26 +222,26 @@ struct AttentionStep {
     }
 
     template <class T>
-    void run(float* workspace) const {
-        const int64_t count = x.size(0), S = keys.size(1), K = width(), T_ = tokens();
-        Panel normed = Panel::at(workspace, count, x.size(1));
-        Panel all = Panel::at(workspace, count, all_heads());
-        Panel attended = Panel::at(workspace, count, heads * K);
+    void run(const Tensor& x, const Tensor& y, float* workspace) const {
+        const int64_t S = keys.size(1), K = width(), T_ = tokens();
+        Panel normed = Panel::at(workspace, all, half.inputs());
+        Panel read = Panel::at(workspace, all, all_heads());
+        Panel attended = Panel::at(workspace, all, half.width());
         float* room = workspace;
-        workspace += product_floats();
+        workspace += half.product_floats(threads);
         float* readings = workspace;
         float* own = readings + lines() * most_pieces() * reading_floats();
 
-        norm<T>(x, weight, eps, normed);
-        const int64_t places[] = {0, heads * K, (heads + groups()) * K};
-        multiply(read, 3, normed.data, normed.stride, count, StripSpace(x.size(1), room), threads,
+        norm<T>(x, half.norm, half.eps, normed);
+        const int64_t places[] = {0, half.width(), half.width() + half.shared()};
+        multiply(half.read.data(), 3, normed.data, normed.stride, all, StripSpace(half.inputs(), room), threads,
                  [&](int layer, int64_t token, int64_t first, Vector values, int64_t some) {
-                     all.put(token, places[layer] + first, values, some);
+                     read.put(token, places[layer] + first, values, some);
                  });
         for (int64_t row = 0; row < batch(); ++row)
             for (int64_t t = 0; t < T_; ++t) {
-                float* heads_of = all.row(row * T_ + t);
-                for (int64_t h = 0; h < heads + groups(); ++h) turn(heads_of + h * K, row, t);
+                float* heads_of = read.row(row * T_ + t);
+                for (int64_t h = 0; h < heads() + groups(); ++h) turn(heads_of + h * K, row, t);
                 for (int64_t g = 0; g < groups(); ++g) {
                     keep<T>(keys, row, S - T_ + t, g, heads_of + places[1] + g * K);
                     keep<T>(values, row, S - T_ + t, g, heads_of + places[2] + g * K);
@@ -201,7 +249,7 @@ struct AttentionStep {
             }
         const int64_t pieces = most_pieces();
         for_each_task(lines() * pieces, threads, [&](int64_t task, int thread) {
-            read_piece<T>(task / pieces, task % pieces, all, readings + task * reading_floats(),
+            read_piece<T>(task / pieces, task % pieces, read, readings + task * reading_floats(),
                           own + thread * thread_floats());
         });
         for (int64_t line = 0; line < lines(); ++line) {
@@ -213,143 +261,116 @@ struct AttentionStep {
                 finish(queries, r, NOTHING, attended.row(token) + head * K);
             }
         }
-        add_output<T>(output, shortcut, attended, x, normed, y, room, threads);
+        add_output<T>(half.output, half.shortcut, attended, x, normed, y, room, threads);
     }
 };
 
 struct GatedStep {
-    Tensor x, weight;  // [tokens, D], [D]
-    float eps;
-    Linear read[2], output;  // gate, up
-    Linear shortcut;         // or none
-    Tensor y;
+    const Half& half;
+    int64_t all;  // tokens
     int threads;
-    int64_t hidden;
 
-    int64_t product_floats() const {
-        return threads * strip_floats(x.size(1), hidden);
-    }
     int64_t floats() const {
-        int64_t count = x.size(0);
-        return Panel::floats(count, x.size(1)) + 2 * Panel::floats(count, hidden) + product_floats();
+        return Panel::floats(all, half.inputs()) + 2 * Panel::floats(all, half.width()) + half.product_floats(threads);
     }
 
     template <class T>
-    void run(float* workspace) const {
-        const int64_t count = x.size(0);
-        Panel normed = Panel::at(workspace, count, x.size(1));
-        Panel both[] = {Panel::at(workspace, count, hidden), Panel::at(workspace, count, hidden)};
-        norm<T>(x, weight, eps, normed);
-        multiply(read, 2, normed.data, normed.stride, count, StripSpace(x.size(1), workspace), threads,
+    void run(const Tensor& x, const Tensor& y, float* workspace) const {
+        Panel normed = Panel::at(workspace, all, half.inputs());
+        Panel both[] = {Panel::at(workspace, all, half.width()), Panel::at(workspace, all, half.width())};
+        norm<T>(x, half.norm, half.eps, normed);
+        multiply(half.read.data(), 2, normed.data, normed.stride, all, StripSpace(half.inputs(), workspace), threads,
                  [&](int layer, int64_t token, int64_t first, Vector values, int64_t some) {
                      both[layer].put(token, first, values, some);
                  });
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t c = 0; c < hidden; c += WIDTH) {
+        for (int64_t t = 0; t < all; ++t)
+            for (int64_t c = 0; c < half.width(); c += WIDTH) {
                 float* gate = both[0].row(t) + c;
                 store(gate, silu(load(gate)) * load(both[1].row(t) + c));
             }
-        add_output<T>(output, shortcut, both[0], x, normed, y, workspace, threads);
+        add_output<T>(half.output, half.shortcut, both[0], x, normed, y, workspace, threads);
     }
 };
 
-// A layer from Python: weight, factors of its outputs, bias; of 4 bits the codes, and the factors of groups and their
-// size as well.
-using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t>;
+// What attention reads and writes beside its weights: keys, values, start, cosines, sines.
+using Memory = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
-    const auto& [weight, scale, bias, factors, group] = layer;
-    if (factors) {
-        FourBits codes{weight, factors, inputs, group};
-        require(weight.axes == 2 && weight.size(0) == outputs, "decoding: a weight does not fit");
-        require_codes(codes);
-        return {{}, scale, bias, codes};
+AttentionStep attention_step(const Half& half, const Memory& memory, int64_t all, int threads) {
+    const auto& [keys, values, start, cosines, sines] = memory;
+    const int64_t batch = keys.size(0), length = keys.size(1);
+    require(keys.axes == 4 && batch > 0 && all % batch == 0 && all / batch <= length, "decoding: rows do not fit");
+    require(keys.size(3) == half.head_width && keys.size(2) * half.head_width == half.shared(),
+            "decoding: heads do not fit");
+    require_shape(values, "decoding: keys and values differ", {batch, length, keys.size(2), keys.size(3)});
+    require_shape(start, "decoding: `start` is [B]", {batch});
+    return {half, keys, values, start, cosines, sines, all, threads};
+}
+
+// x [tokens, D] through one half after the other to y; what is between them is in y as well.
+struct Call {
+    Tensor x;
+    std::vector<std::pair<const Half*, Memory>> halves;
+    int threads;
+    int64_t floats = 0, widest = 0, width;  // of the workspace, and outputs
+
+    Call(Tensor x, std::vector<std::pair<const Half*, Memory>> given, int threads)
+        : x(x), halves(std::move(given)), threads(threads), width(x.size(1)) {
+        require(x.axes == 2 && x.size(0) > 0, "decoding: there is a token");
+        for (const auto& [half, memory] : halves) {
+            require(half->inputs() == width, "decoding: the norm does not fit");
+            width = half->outputs();
+            widest = width > widest ? width : widest;
+            with_step(*half, memory, [&](const auto& step) { floats = step.floats() > floats ? step.floats() : floats; });
+        }
     }
-    require_shape(weight, "decoding: a weight does not fit", {outputs, inputs});
-    require(weight.stride(1) == 1 && weight.stride(0) == inputs, "decoding: a weight has gaps");
-    return {weight, scale, bias, {}};
-}
 
-Linear shortcut_of(const Layer& layer, int64_t inputs, int64_t outputs) {
-    if (std::get<0>(layer)) return linear_of(layer, inputs, outputs);
-    require(inputs == outputs, "decoding: without a shortcut the output is as wide as the input");
-    return {};
-}
+    void run(const Tensor& y, const Tensor& workspace) const {
+        require(y.size(0) >= x.size(0) * widest && workspace.size(0) >= floats, "decoding: there is too little room");
+        if (x.dtype == Dtype::bfloat16) run_in<bfloat16>(y, workspace.as<float>());
+        else run_in<float>(y, workspace.as<float>());
+    }
 
-void require_tokens(const Tensor& x, const Tensor& weight) {
-    require(x.axes == 2 && x.size(0) > 0, "decoding: there is a token");
-    require_shape(weight, "decoding: the norm does not fit", {x.size(1)});
-}
+private:
+    template <class Body>
+    void with_step(const Half& half, const Memory& memory, const Body& body) const {
+        if (half.is_attention()) body(attention_step(half, memory, x.size(0), threads));
+        else body(GatedStep{half, x.size(0), threads});
+    }
 
-int64_t outputs_of(const Layer& layer) { return std::get<0>(layer).size(0); }
-
-template <class Step>
-void run(const Step& step, const Tensor& workspace) {
-    require(workspace.size(0) >= step.floats(), "decoding: the workspace is too small");
-    if (step.x.dtype == Dtype::bfloat16) step.template run<bfloat16>(workspace.as<float>());
-    else step.template run<float>(workspace.as<float>());
-}
+    template <class T>
+    void run_in(const Tensor& y, float* workspace) const {
+        Tensor from = x;
+        for (const auto& [half, memory] : halves) {
+            Tensor to = y;
+            to.axes = 2;
+            to.sizes[0] = x.size(0), to.sizes[1] = to.strides[0] = half->outputs(), to.strides[1] = 1;
+            with_step(*half, memory, [&](const auto& step) { step.template run<T>(from, to, workspace); });
+            from = to;
+        }
+    }
+};
 
 }  // namespace
 
 SEQMIX_BINDINGS(module) {
-    module.def(
-        "attention_step_floats",
-        [](int64_t batch, int64_t tokens, int64_t inputs, int64_t heads, int64_t groups, int64_t width, int64_t keys,
-           int threads) {
-            AttentionStep step{};
-            step.threads = threads;
-            step.x.sizes[0] = batch * tokens, step.x.sizes[1] = inputs;
-            step.heads = heads;
-            step.keys.sizes[0] = batch, step.keys.sizes[1] = keys, step.keys.sizes[2] = groups,
-            step.keys.sizes[3] = width;
-            return step.floats();
-        });
-    module.def(
-        "attention_step",
-        [](Tensor x, Tensor weight, double eps, Layer query, Layer key, Layer value, Layer output, Layer shortcut,
-           Tensor keys, Tensor values, Tensor start, Tensor cosines, Tensor sines, double scale, Tensor y, Tensor workspace,
-           int threads) {
-            require_tokens(x, weight);
-            const int64_t batch = keys.size(0), length = keys.size(1), tokens = x.size(0) / batch;
-            require(keys.axes == 4 && batch * tokens == x.size(0) && tokens <= length, "decoding: rows do not fit");
-            require_shape(values, "decoding: keys and values differ", {batch, length, keys.size(2), keys.size(3)});
-            require_shape(start, "decoding: `start` is [B]", {batch});
-            const int64_t D = x.size(1), K = keys.size(3), all = outputs_of(query), shared = keys.size(2) * K;
-            AttentionStep step{x, weight, float(eps), float(scale),
-                               {linear_of(query, D, all), linear_of(key, D, shared), linear_of(value, D, shared)},
-                               linear_of(output, all, y.size(1)), shortcut_of(shortcut, D, y.size(1)), keys, values, start,
-                               cosines, sines, y, threads, all / K};
-            nb::gil_scoped_release release;
-            run(step, workspace);
-        },
-        "x"_a, "weight"_a, "eps"_a, "query"_a, "key"_a, "value"_a, "output"_a, "shortcut"_a, "keys"_a, "values"_a, "start"_a,
-        "cosines"_a.none(), "sines"_a.none(), "scale"_a, "y"_a, "workspace"_a, "threads"_a);
+    nb::class_<Half>(module, "Half")
+        // It has addresses only, so what they are of lives as long.
+        .def(nb::init<Tensor, double, const std::vector<Layer>&, const Layer&, const Layer&, int64_t, double>(), "norm"_a,
+             "eps"_a, "read"_a, "output"_a, "shortcut"_a, "head_width"_a, "scale"_a, nb::keep_alive<1, 2>(),
+             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
+    nb::class_<Call>(module, "Call")
+        .def(nb::init<Tensor, std::vector<std::pair<const Half*, Memory>>, int>(), "x"_a, "halves"_a, "threads"_a,
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+        .def_ro("floats", &Call::floats)
+        .def_ro("widest", &Call::widest)
+        .def_ro("width", &Call::width)
+        .def("run", &Call::run, "y"_a, "workspace"_a, WithoutGil());
     module.def(
         "linear_step",
         [](Tensor x, Tensor weight, Tensor bias, Tensor y, Tensor room, int threads) {
             multiply_weight(x, {weight, {}, bias, {}}, y, room, threads);
         },
         "x"_a, "weight"_a, "bias"_a.none(), "y"_a, "room"_a, "threads"_a, WithoutGil());
-    module.def("gated_step_floats", [](int64_t tokens, int64_t inputs, int64_t hidden, int threads) {
-        GatedStep step{};
-        step.threads = threads;
-        step.x.sizes[0] = tokens, step.x.sizes[1] = inputs;
-        step.hidden = hidden;
-        return step.floats();
-    });
-    module.def(
-        "gated_step",
-        [](Tensor x, Tensor weight, double eps, Layer gate, Layer up, Layer output, Layer shortcut, Tensor y,
-           Tensor workspace, int threads) {
-            require_tokens(x, weight);
-            const int64_t D = x.size(1), hidden = outputs_of(gate);
-            GatedStep step{x, weight, float(eps), {linear_of(gate, D, hidden), linear_of(up, D, hidden)},
-                           linear_of(output, hidden, y.size(1)), shortcut_of(shortcut, D, y.size(1)), y, threads, hidden};
-            nb::gil_scoped_release release;
-            run(step, workspace);
-        },
-        "x"_a, "weight"_a, "eps"_a, "gate"_a, "up"_a, "output"_a, "shortcut"_a, "y"_a, "workspace"_a, "threads"_a);
 }
 
 }  // namespace seqmix

@@ -1,7 +1,9 @@
 // Weights of 4 bits and a factor for each group of neighbouring inputs: W_oi = m_og q_oi.
 //
-// m from 1 to 15 and q + 8 are kept two to a byte, the first in the low half. The products m q fit into 8 bits, and
-// there are 16 of them for a factor, which one instruction looks up: a row becomes bytes in cache on its way.
+// m from 1 to 15 and q + 8 are kept two to a byte, the first in the low half. Few tokens are multiplied with the codes as
+// they are, for a group is a sum m (sum_i c_i x_i - 8 sum_i x_i), if their inputs are sorted as the halves of bytes
+// are. For more, the products m q fit into 8 bits, and there are 16 of them for a factor, which one instruction looks up:
+// a row becomes bytes in cache on its way.
 #pragma once
 
 #include "bytes.hpp"
@@ -51,6 +53,7 @@ struct FourBits {
     int64_t inputs, group;
 
     explicit operator bool() const { return bool(codes); }
+    bool is_read_in_vectors() const { return codes && group % (2 * WIDTH) == 0; }
     int64_t outputs() const { return codes.size(0); }
 
     void expand_row(int64_t output, int8_t* to) const {
@@ -70,6 +73,49 @@ struct FourBits {
                 expand<bytes>(code + i / 2, of_factor, to + i);
         }
     }
+};
+
+constexpr float sixteen_numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+struct TwoVectors {
+    Vector low, high;
+};
+
+// The halves of the next WIDTH bytes, as floats.
+inline TwoVectors halves_of_bytes(const uint8_t* from) {
+    Integers both = unsigned_bytes(from);
+    return {__builtin_convertvector(both & 15, Vector), __builtin_convertvector(both >> 4, Vector)};
+}
+
+// Tokens as codes of 4 bits meet them: of every two vectors of inputs those with even numbers, then the others. For each
+// group there is what its sums, lane by lane, begin with, since codes are 8 too large.
+struct SplitTokens {
+    int64_t inputs = 0, group = 0, groups = 0;
+    const float* floats = nullptr;
+
+    static int64_t row(int64_t inputs) { return round_up(inputs + inputs / 2); }
+
+    SplitTokens() = default;
+    SplitTokens(const FourBits& bits, const float* x, int64_t stride, int64_t tokens, float* to)
+        : inputs(bits.inputs), group(bits.group), groups(inputs / group), floats(to) {
+        for (int64_t t = 0; t < tokens; ++t, to += row(inputs))
+            for (int64_t g = 0; g < groups; ++g) {
+                Vector sum = {};
+                for (int64_t i = g * group; i < (g + 1) * group; i += 2 * WIDTH) {
+                    const float* from = x + t * stride + i;
+                    for (int j = 0; j < WIDTH; ++j) {
+                        to[i + j] = from[2 * j];
+                        to[i + WIDTH + j] = from[2 * j + 1];
+                    }
+                    sum += load(to + i) + load(to + i + WIDTH);
+                }
+                store(to + inputs + g * WIDTH, sum * float(-CODE_OF_ZERO));
+            }
+    }
+
+    bool fits(const FourBits& bits) const { return floats && bits.is_read_in_vectors() && bits.group == group; }
+    const float* row_of(int64_t token) const { return floats + token * row(inputs); }
+    const float* start_of(int64_t token, int64_t number) const { return row_of(token) + inputs + number * WIDTH; }
 };
 
 inline void require_codes(const FourBits& bits) {

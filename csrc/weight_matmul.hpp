@@ -60,16 +60,19 @@ private:
     }
 };
 
-// What each thread works in: a strip of W as bytes and some of it as floats.
+// What products work in: the few tokens as codes of 4 bits meet them, and for each thread a strip of W as bytes and some
+// of it as floats.
 struct StripSpace {
-    int64_t bytes_size, size;  // in floats
+    int64_t split_size, bytes_size, size;  // in floats, the last two of a thread
     float* floats;
 
     StripSpace(int64_t inputs, float* floats)
-        : bytes_size(WEIGHT_STRIP * round_up(inputs) / 4), size(bytes_size + WEIGHT_STRIP * DEPTH), floats(floats) {}
+        : split_size(FEW_TOKENS * SplitTokens::row(inputs)), bytes_size(WEIGHT_STRIP * round_up(inputs) / 4),
+          size(bytes_size + WEIGHT_STRIP * DEPTH), floats(floats) {}
 
-    int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(floats + thread * size); }
-    float* turned(int thread) const { return floats + thread * size + bytes_size; }
+    int64_t all(int threads) const { return split_size + threads * size; }
+    int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(floats + split_size + thread * size); }
+    float* turned(int thread) const { return floats + split_size + thread * size + bytes_size; }
 };
 
 inline Vector load_numbers(const float* from) { return load(from); }
@@ -115,17 +118,56 @@ inline void lane_sums(const Number* weight, int64_t inputs, const float* x, int6
         for (int t = 0; t < tokens; ++t) sums[t][first + i] = total[i][t];
 }
 
-// put(token, output, values, count) of `count` outputs, at most a vector of them, from number `first` on, whose rows
-// begin at `weight`, for the tokens x from number `token` on.
-template <int tokens, class Number, class Put>
-inline void few_results(const Linear& layer, const Number* weight, int64_t first, int64_t count, const float* x,
-                        int64_t stride, int64_t token, const Put& put) {
-    const int64_t inputs = layer.inputs();
+// The same where rows are codes of 4 bits, from output number `output` on, for tokens number `token` on of x.
+template <int rows, int tokens>
+inline void lane_sums(const FourBits& bits, int64_t output, const SplitTokens& x, int64_t token, Vector (*sums)[WIDTH],
+                      int64_t first) {
+    const uint8_t *codes[rows], *factors[rows];
+    for (int i = 0; i < rows; ++i) {
+        codes[i] = bits.codes.as<uint8_t>() + (output + i) * bits.codes.size(1);
+        factors[i] = bits.factors.as<uint8_t>() + (output + i) * bits.factors.size(1);
+    }
+    Vector total[rows][tokens] = {};
+    for (int64_t group = 0, byte = 0; group < x.groups; ++group) {
+        Vector own[rows][tokens];
+        for (int t = 0; t < tokens; ++t) {
+            Vector start = load(x.start_of(token + t, group));
+            for (int i = 0; i < rows; ++i) own[i][t] = start;
+        }
+        if (byte % LINE < bits.group / 2)
+            for (int i = 0; i < rows; ++i) __builtin_prefetch(codes[i] + byte + AHEAD / 2);
+        for (const int64_t end = byte + bits.group / 2; byte < end; byte += WIDTH) {
+            Vector even[tokens], odd[tokens];
+            for (int t = 0; t < tokens; ++t) {
+                even[t] = load(x.row_of(token + t) + 2 * byte);
+                odd[t] = load(x.row_of(token + t) + 2 * byte + WIDTH);
+            }
+            for (int i = 0; i < rows; ++i) {
+                const auto [low, high] = halves_of_bytes(codes[i] + byte);
+                for (int t = 0; t < tokens; ++t) {
+                    own[i][t] += low * even[t];
+                    own[i][t] += high * odd[t];
+                }
+            }
+        }
+        for (int i = 0; i < rows; ++i) {
+            Vector factor = broadcast(sixteen_numbers[half_byte(factors[i], group)]);
+            for (int t = 0; t < tokens; ++t) total[i][t] += factor * own[i][t];
+        }
+    }
+    for (int i = 0; i < rows; ++i)
+        for (int t = 0; t < tokens; ++t) sums[t][first + i] = total[i][t];
+}
+
+// put(token, output, values, count) of `count` outputs, at most a vector of them, from number `first` on, for so many
+// tokens from number `token` on. add(rows, i, sums) puts the sums of some rows from number i on at their places.
+template <int tokens, class Add, class Put>
+inline void few_results(const Linear& layer, int64_t first, int64_t count, int64_t token, const Add& add, const Put& put) {
     constexpr int rows = tokens == 4 && BLOCK_VECTORS == 2 ? 2 : 4;  // as many sums as there are registers for
     Vector sums[tokens][WIDTH] = {};
     int64_t i = 0;
-    for (; i + rows <= count; i += rows) lane_sums<rows, tokens>(weight + i * inputs, inputs, x, stride, sums, i);
-    for (; i < count; ++i) lane_sums<1, tokens>(weight + i * inputs, inputs, x, stride, sums, i);
+    for (; i + rows <= count; i += rows) add(Rows<rows>{}, i, sums);
+    for (; i < count; ++i) add(Rows<1>{}, i, sums);
     for (int t = 0; t < tokens; ++t) {
         transpose_vectors(sums[t]);
         Vector total = {};
@@ -234,6 +276,10 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
     const int64_t tiles = (tokens + most - 1) / most;  // all of them of at least TOGETHER tokens, unless these are few
     int64_t shares = tokens * inputs * strips * height < 2 * TASK_PRODUCTS ? 1 : 4 * threads;
     shares = shares < strips ? shares : strips;
+    const FourBits* codes = nullptr;
+    for (int i = 0; i < count_of_layers; ++i)
+        if (few && layers[i].codes.is_read_in_vectors()) codes = &layers[i].codes;
+    const SplitTokens split = codes ? SplitTokens(*codes, x, stride, tokens, space.floats) : SplitTokens();
     for_each_task(tiles * shares, threads, [&](int64_t task, int thread) {
         const int64_t tile = task / shares, share = task % shares;
         const int64_t begin = tokens * tile / tiles, here = tokens * (tile + 1) / tiles - begin;
@@ -246,25 +292,44 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
             auto to = [&](int64_t token, int64_t output, Vector values, int64_t some) {
                 put(i, token, output, values, some);
             };
-            layer.with_rows([&](const auto& rows) {
+            // add(rows, tokens, i, t, sums), as in `few_results`, for tokens number t on
+            auto put_few = [&](int64_t first, int64_t count, auto&& add) {
+                int64_t t = 0;
+                auto run = [&](auto some) {
+                    few_results<decltype(some)::value>(
+                        layer, first, count, begin + t, [&](auto rows, int64_t i, auto sums) { add(rows, some, i, t, sums); },
+                        to);
+                    t += some.value;
+                };
+                while (t + 4 <= here) run(Rows<4>{});
+                if (t + 2 <= here) run(Rows<2>{});
+                if (t < here) run(Rows<1>{});
+            };
+            auto each_strip = [&](auto&& body) {
                 for (; strip < end && strip < stop; ++strip) {
                     const int64_t first = (strip - before) * height;
-                    const int64_t count = outputs - first < height ? outputs - first : height;
-                    const auto* weight = rows(first, count, space.bytes(thread));
+                    body(first, outputs - first < height ? outputs - first : height);
+                }
+            };
+            if (few && split.fits(layer.codes)) {
+                each_strip([&](int64_t first, int64_t count) {
+                    put_few(first, count, [&](auto rows, auto some, int64_t i, int64_t t, Vector (*sums)[WIDTH]) {
+                        lane_sums<rows.value, some.value>(layer.codes, first + i, split, t, sums, i);
+                    });
+                });
+                continue;
+            }
+            layer.with_rows([&](const auto& numbers) {
+                each_strip([&](int64_t first, int64_t count) {
+                    const auto* weight = numbers(first, count, space.bytes(thread));
                     if (!few) {
                         strip_results(layer, weight, first, count, panel, stride, begin, here, space.turned(thread), to);
-                        continue;
+                        return;
                     }
-                    int64_t t = 0;
-                    auto run = [&](auto number) {
-                        constexpr int some = decltype(number)::value;
-                        few_results<some>(layer, weight, first, count, panel + t * stride, stride, begin + t, to);
-                        t += some;
-                    };
-                    while (t + 4 <= here) run(Rows<4>{});
-                    if (t + 2 <= here) run(Rows<2>{});
-                    if (t < here) run(Rows<1>{});
-                }
+                    put_few(first, count, [&](auto rows, auto some, int64_t i, int64_t t, Vector (*sums)[WIDTH]) {
+                        lane_sums<rows.value, some.value>(weight + i * inputs, inputs, panel + t * stride, stride, sums, i);
+                    });
+                });
             });
         }
     });
@@ -284,7 +349,7 @@ void multiply_tokens(const Tensor& x, const Linear& layer, const Tensor& y, floa
 }
 
 inline int64_t workspace_floats(int64_t tokens, int64_t inputs, int threads) {
-    return tokens * round_up(inputs) + threads * StripSpace(inputs, nullptr).size;
+    return tokens * round_up(inputs) + StripSpace(inputs, nullptr).all(threads);
 }
 
 // The operators' products: x [B, T, I] with one layer, to y [B, T, O].

@@ -1,4 +1,4 @@
-"""Half a block in one compiled call: the same as its parts one after the other, wherever it takes their place."""
+"""Blocks in one compiled call: the same as their parts one after the other, wherever it takes their place."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ LAYOUTS = {
     "part_turns": "2x[attention(rotary=0.4, key_heads=3)]",
     "long_texts": "2x[attention(rope_factor=2.0, rope_original=8)]",
     "no_positions": "2x[attention(rope_base=none)]",
-    "hybrid": "[mamba2, attention, attention(window=8)]",
+    "hybrid": "[mamba2, attention, attention, attention(window=8), attention]",
     "biases": "2x[attention / glu(bias=true)]",
     "no_channel": "2x[attention / none]",
 }
@@ -52,16 +52,19 @@ def without(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the compiled calls."""
-    seen = []
-    for name in ("attention_step", "gated_step"):
-        real = getattr(decoding, name)
+    """The halves of blocks that compiled calls compute; the calls themselves are counted in `calls.number`."""
 
-        def counted(*inputs, name=name, real=real):
-            seen.append(name)
-            return real(*inputs)
+    class Seen(list):
+        number = 0
 
-        monkeypatch.setattr(decoding, name, counted)
+    seen, real = Seen(), decoding.decode
+
+    def counted(x, halves):
+        seen.number += 1
+        seen.extend("gate" if m is decoding.NO_MEMORY else "attention" for _, m in halves)
+        return real(x, halves)
+
+    monkeypatch.setattr(decoding, "decode", counted)
     return seen
 
 
@@ -104,6 +107,57 @@ def test_it_is_what_the_parts_compute(layout, without, calls):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_that_follow_each_other_are_one_call(calls):
+    found = {}
+    for layout in ("4x[attention]", "[attention, attention, mamba2, attention]"):
+        calls.number = 0
+        decode(build(layout), tokens(1, 81), 80, (1,))
+        found[layout] = calls.number
+    assert list(found.values()) == [
+        1,
+        3,
+    ]  # of the other two mixers' blocks the channel is a call of its own
+
+
+def test_blocks_without_a_mixer_or_a_channel_are_in_the_call(without, calls):
+    model, ids = build("[attention, none / glu, attention / none]"), tokens(2, 90)
+    got, after = decode(model, ids, 80, (1, 9))
+    assert calls == ["attention", "gate", "gate", "attention"] * 2
+    assert calls.number == 2
+    wanted, same = without(lambda: decode(model, ids, 80, (1, 9)))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert [state is None for state in after] == [state is None for state in same]
+
+
+def test_a_hook_of_a_block_is_called_and_the_others_are_one_call(calls):
+    model, ids, seen = build("4x[attention]"), tokens(1, 81), []
+    model.backbone.blocks[1].register_forward_hook(lambda *given: seen.append(given))
+    decode(model, ids, 80, (1,))
+    assert len(seen) == 2
+    assert calls.number == 1 + 2 + 1
+
+
+def test_the_stream_may_change_its_width():
+    generator = torch.Generator().manual_seed(0)
+    x, before = torch.randn(2, 3, 12, generator=generator), None
+    halves = []
+    for inputs, outputs in ((12, 20), (20, 20), (20, 8)):
+        names = {"gate": (40, inputs), "up": (40, inputs), "output": (outputs, 40)}
+        w = {k: torch.randn(*shape, generator=generator) for k, shape in names.items()}
+        s = torch.randn(outputs, inputs, generator=generator)
+        layers = [(w[name], None, None, None, 0) for name in names]
+        half = decoding.gated_half(torch.ones(inputs), 1e-6, layers, (s, None, None, None, 0))
+        halves.append((half, decoding.NO_MEMORY))
+        before = x if before is None else before
+        n = torch.nn.functional.rms_norm(before, (inputs,), eps=1e-6)
+        y = torch.nn.functional.silu(n @ w["gate"].T) * (n @ w["up"].T)
+        before = before @ s.T + y @ w["output"].T
+    del w, s, layers, half  # what a half is of lives as long as it
+    torch.testing.assert_close(decoding.decode(x, halves), before, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="norm does not fit"):
+        decoding.decode(x, halves[1:])
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
 def test_weights_of_few_bits_and_halves(kind, without, calls):
     model = build("2x[attention(key_heads=3)]")
@@ -119,9 +173,9 @@ def test_weights_of_few_bits_and_halves(kind, without, calls):
     ids, pieces = tokens(2, 100), (1, 9, 1)
     with record_forms() as forms:
         got, _ = decode(model, ids, 80, pieces)
-    assert calls.count("attention_step") == 2 * len(pieces)
+    assert calls.count("attention") == 2 * len(pieces)
     prompts = 2 if kind == "bfloat16" else 0  # whose channel mixers are computed so too
-    assert calls.count("gated_step") == 2 * len(pieces) + prompts
+    assert calls.count("gate") == 2 * len(pieces) + prompts
     assert ("attention", "native") in forms
     for name in ("int8", "int4"):
         assert ((f"{name}_matmul", "native") in forms) == (kind == name)
@@ -194,7 +248,7 @@ def test_who_wants_to_see_the_parts_sees_them(calls):
     for hook in hooks:
         hook.remove()
     decode(model, ids, 80, (1, 1))
-    assert calls == ["attention_step", "gated_step"] * 2
+    assert calls == ["attention", "gate"] * 2
 
 
 def test_gradients_and_tracers_go_through_the_parts(calls):
@@ -221,10 +275,14 @@ def test_nan_of_one_text_stays_there():
     torch.testing.assert_close(got[1], wanted[1], rtol=0, atol=0)
 
 
-def test_nothing_is_written_beside_what_is_allocated():
-    for layout in ("attention", "attention(head_width=20, key_heads=2)"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_written_beside_what_is_allocated(dtype):
+    for layout in (
+        "2x[attention]",
+        "attention(head_width=20, key_heads=2, bias=true) / glu(bias=true)",
+    ):
         for rows, length in ((1, 1), (3, 9)):
-            model, ids = build(layout), tokens(rows, 80)
+            model, ids = build(layout, dtype), tokens(rows, 80)
             with torch.inference_mode():
                 _, state = model(ids[:, :70])
                 wanted = model(ids[:, 70 : 70 + length], state)[0]
@@ -254,5 +312,5 @@ def test_a_state_of_other_rows_is_refused_and_left_as_it_was(calls):
         calls.clear()
         with pytest.raises(RuntimeError, match="size"):
             model(ids[:, 80:81], state)
-        assert "attention_step" not in calls
+        assert "attention" not in calls
         torch.testing.assert_close(model(ids[:1, 80:81], state)[0], wanted, rtol=0, atol=0)

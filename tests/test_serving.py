@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import string
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -81,6 +82,15 @@ def test_what_is_no_whole_answer_is_refused(server, change, said, tmp_path):
     with pytest.raises(DataError, match=said):
         measure_servers([Server("a", url)], WORKLOADS[:1], TEXT, out=tmp_path, rounds=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        with pytest.raises(DataError, match=f"mine: no answer from {url}.*Start the server"):
+            measure_servers([Server("mine", url)], WORKLOADS, TEXT, out=tmp_path)
+    assert not (tmp_path / "serving.json").exists()
 
 
 def test_wrong_requests_are_refused(tmp_path):

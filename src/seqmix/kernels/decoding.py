@@ -1,4 +1,4 @@
-"""Half a block of a language model for a few tokens, in one compiled call (csrc/decoding.cpp).
+"""Halves of blocks of a language model for a few tokens, in one compiled call (csrc/decoding.cpp).
 
 A layer is (weight [O, I] in float32, bfloat16 or int8; the factor of each output [O] or None; bias [O] or None; None;
 0), the factor and the bias in float32. One of 4 bits is (codes, factor, bias, factors of groups, inputs of a group), as
@@ -9,6 +9,7 @@ K head width, R channels that turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,76 +17,56 @@ from torch import Tensor
 from seqmix.kernels._native import native
 
 Layer = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
+Memory = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NOTHING: Layer = (None, None, None, None, 0)
+NO_MEMORY: Memory = (None, None, None, None, None)
 
 
-def attention_step(
-    x: Tensor,
+def attention_half(
     norm: Tensor,
     eps: float,
     layers: Sequence[Layer],
     shortcut: Layer,
-    keys: Tensor,
-    values: Tensor,
-    start: Tensor,
-    turns: tuple[Tensor, Tensor] | tuple[None, None],
+    head_width: int,
     scale: float,
-) -> Tensor:
+) -> Any:
     """y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n), n = x / sqrt(mean(x^2) + eps) * norm.
 
+    It keeps what it is made of, where that lies now: it is for one call, after which a weight may be put elsewhere.
+
     Args:
-        x: [B, T, D], contiguous, in float32 or bfloat16; so are `norm` [D], `keys` and `values`.
+        norm: [D], in the dtype of x.
         layers: of queries [H K, D], keys and values [G K, D], and the output [E, H K].
         shortcut: S [E, D], or `NOTHING` where y is x + ...
-        keys, values: [B, S, G, K]; the last T of S are written.
-        start: keys of a text before this one are none, [B] int64.
-        turns: cosines and signed sines, [1 or B, T, 1, R] in float32, or None.
+        scale: of the products of queries and keys.
+    """
+    *read, output = layers
+    return native.Half(norm, eps, read, output, shortcut, head_width, scale)
+
+
+def gated_half(norm: Tensor, eps: float, layers: Sequence[Layer], shortcut: Layer) -> Any:
+    """y = S x + W_o (silu(W_g n) * W_u n), n = x / sqrt(mean(x^2) + eps) * norm; the rest as in `attention_half`.
+
+    `layers` are the gate [F, D], the other factor [F, D] and the output [E, F].
+    """
+    *read, output = layers
+    return native.Half(norm, eps, read, output, shortcut, 0, 1.0)
+
+
+def decode(x: Tensor, halves: Sequence[tuple[Any, Memory]]) -> Tensor:
+    """x [B, T, D] through one half after the other, to y [B, T, E].
+
+    Args:
+        x: contiguous, in float32 or bfloat16.
+        halves: each with its memory: of attention the keys and values [B, S, G, K] in the dtype of x, whose last T are
+            written; the first key of each text, [B] int64; cosines and signed sines [1 or B, T, 1, R] in float32, or
+            None. A gated unit has `NO_MEMORY`.
     """
     batch, tokens, width = x.shape
-    length, groups, head_width = keys.shape[1:]
-    heads, threads = _width(layers[0]) // head_width, torch.get_num_threads()
-    room = native.attention_step_floats(
-        batch, tokens, width, heads, groups, head_width, length, threads
-    )
-    y, workspace = x.new_empty(batch, tokens, _width(layers[-1])), torch.empty(room)
-    native.attention_step(
-        x.view(-1, width),
-        norm,
-        eps,
-        *layers,
-        shortcut,
-        keys,
-        values,
-        start,
-        *turns,
-        scale,
-        y.view(batch * tokens, -1),
-        workspace,
-        threads,
-    )
-    return y
-
-
-def _width(layer: Layer) -> int:
-    """Outputs of a layer."""
-    assert layer[0] is not None
-    return layer[0].shape[0]
-
-
-def gated_step(
-    x: Tensor, norm: Tensor, eps: float, layers: Sequence[Layer], shortcut: Layer
-) -> Tensor:
-    """y = S x + W_o (silu(W_g n) * W_u n), n = x / sqrt(mean(x^2) + eps) * norm; x as in `attention_step`.
-
-    `layers` are the gate [F, D], the other factor [F, D] and the output [E, F]; `shortcut` as there.
-    """
-    batch, tokens, width = x.shape
-    hidden, threads = _width(layers[0]), torch.get_num_threads()
-    room = native.gated_step_floats(batch * tokens, width, hidden, threads)
-    y, workspace = x.new_empty(batch, tokens, _width(layers[-1])), torch.empty(room)
-    rows = y.view(batch * tokens, -1)
-    native.gated_step(x.view(-1, width), norm, eps, *layers, shortcut, rows, workspace, threads)
-    return y
+    call = native.Call(x.view(-1, width), halves, torch.get_num_threads())
+    y = x.new_empty(batch * tokens * call.widest)
+    call.run(y, torch.empty(call.floats))
+    return y[: batch * tokens * call.width].view(batch, tokens, -1)
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

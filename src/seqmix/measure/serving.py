@@ -80,8 +80,8 @@ def measure_servers(
 ) -> dict[str, Any]:
     """A row for every workload and server, kept in `out/serving.json`; no passage of `text` is a prompt twice.
 
-    Raises `DataError` for a text that is too short, or a server that answers with an error, ends a text early or says
-    nothing.
+    Raises `DataError` for a text that is too short, or a server that is not there, answers with an error, ends a text
+    early or says nothing.
     """
     needed = sum(w.streams * w.prompt_tokens for w in workloads) * (rounds + 1) * CHARACTERS
     if len(text) < needed:
@@ -124,13 +124,19 @@ async def _round(server: Server, prompts: Sequence[str], new_tokens: int) -> dic
     """One request per prompt, all at once."""
     httpx = require("httpx", extra="serve")
     limits = httpx.Limits(max_connections=len(prompts) + 1)
-    async with httpx.AsyncClient(timeout=LONGEST, limits=limits) as client:
-        model = server.model or await _first_model(client, server)
-        start = time.perf_counter()
-        answers = await asyncio.gather(
-            *(_ask(client, server, model, prompt, new_tokens) for prompt in prompts)
-        )
-        seconds = time.perf_counter() - start
+    try:
+        async with httpx.AsyncClient(timeout=LONGEST, limits=limits) as client:
+            model = server.model or await _first_model(client, server)
+            start = time.perf_counter()
+            answers = await asyncio.gather(
+                *(_ask(client, server, model, prompt, new_tokens) for prompt in prompts)
+            )
+            seconds = time.perf_counter() - start
+    except httpx.TransportError as error:
+        raise DataError(
+            f"{server.name}: no answer from {server.url} ({str(error) or type(error).__name__}). Start the server, wait "
+            "until it has loaded its model, or leave it out."
+        ) from error
     return {
         "first_token_ms": 1e3 * statistics.median(answer.first for answer in answers),
         "token_ms": 1e3

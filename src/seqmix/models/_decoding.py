@@ -1,12 +1,13 @@
-"""Half a block in one compiled call, where a few tokens go through it.
+"""Blocks in one compiled call, where a few tokens go through them.
 
-While a model decodes, calling its parts one by one takes longer than what they compute. What is said here of a block is
-what the kernels of `seqmix.kernels.decoding` compute; any other goes on as it is written in `Block`.
+While a model decodes, calling its parts one by one takes longer than what they compute. What is said here of a half of
+a block is what the kernels of `seqmix.kernels.decoding` compute; any other goes on as it is written in `Block`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from seqmix.layers.norm import RMSNorm
 from seqmix.layers.positions import turns_of_few
 from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
-from seqmix.mixers._attention import AttentionConfig
 from seqmix.mixers.attention import Attention
 from seqmix.ops._operator import note_form
 
@@ -32,21 +32,128 @@ MOST = 32  # tokens of all texts; for more, what the parts of a block compute ta
 MOST_HALVES = 4096  # the same of a channel mixer in bfloat16, which PyTorch multiplies slowly on most processors
 
 
+class _Half(NamedTuple):
+    """Half a block as the kernels read it."""
+
+    weights: Any
+    outputs: int
+
+
+class _Call:
+    """Halves that one compiled call computes, one after the other, for x [B, T, D]."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.width = x.shape[-1]
+        self.halves: list[tuple[Any, decoding.Memory]] = []
+
+    def add(self, half: _Half, memory: decoding.Memory = decoding.NO_MEMORY) -> None:
+        self.halves.append((half.weights, memory))
+        self.width = half.outputs
+
+    def run(self) -> Tensor:
+        return decoding.decode(self.x, self.halves)
+
+
+def blocks_step(
+    blocks: Sequence[tuple[Any, State]], x: Tensor
+) -> tuple[Tensor, list[State]] | None:
+    """x [B, T, D] through as many whole blocks, from the first on, as kernels compute; each is given with its state.
+
+    To what the last of them writes and the states after; None where there are none.
+    """
+    if not _is_few(x, MOST):
+        return None
+    call, after = _Call(x), []
+    for block, state in blocks:
+        parts: dict[str, Any] = block._modules
+        has_mixer, has_channel = (parts.get(name) is not None for name in ("mixer", "channel"))
+        if not (has_mixer or has_channel) or not _is_untouched(block):
+            break
+        mixer = _mixer_half(block, x, call.width) if has_mixer else None
+        width = call.width if mixer is None else mixer.outputs
+        channel = _channel_half(block, x, width) if has_channel else None
+        if (mixer is None and has_mixer) or (channel is None and has_channel):
+            break
+        if mixer is not None:
+            memory, new = _memory(block, x, state)
+            if memory is None:
+                break
+            call.add(mixer, memory)
+            state = new
+        if channel is not None:
+            call.add(channel)
+        after.append(state)
+    return (call.run(), after) if after else None
+
+
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
+    half = _mixer_half(block, x, x.shape[-1]) if _is_few(x, MOST) else None
+    if half is None:
+        return None
+    memory, state = _memory(block, x, state)
+    if memory is None:
+        return None
+    call = _Call(x)
+    call.add(half, memory)
+    return call.run(), state
+
+
+def channel_step(block: Block, x: Tensor) -> Tensor | None:
+    """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
+    most = MOST_HALVES if x.dtype == torch.bfloat16 else MOST
+    half = _channel_half(block, x, x.shape[-1]) if _is_few(x, most) else None
+    if half is None:
+        return None
+    call = _Call(x)
+    call.add(half)
+    return call.run()
+
+
+def _mixer_half(block: Block, x: Tensor, width: int) -> _Half | None:
+    """The half of attention, for inputs like x but of this width; None where no kernel computes it."""
     mixer: Any = block._modules.get("mixer")
-    if state is None or type(mixer) is not Attention or not _is_few(x, MOST):
+    if type(mixer) is not Attention:
         return None
     c = mixer.config
     if c.window is not None or c.best is not None or c.qk_norm:
         return None
-    norm: Any = _norm(block, x, "mixer")
+    norm: Any = _norm(block, x, width, "mixer")
     layers = None if norm is None else _layers(mixer, "query", "key", "value", "output")
     shortcut = _shortcut(block, "mixer")
-    keys, values, start = state["keys"], state["values"], state["start"]
-    if layers is None or shortcut is None or not (_is_kept(keys, x, c) and _is_kept(values, x, c)):
+    if layers is None or shortcut is None:
         return None
-    tokens = x.shape[1]
+    scale = c.head_width**-0.5 if c.scale is None else c.scale
+    weight, eps = norm
+    weights = decoding.attention_half(weight, eps, layers, shortcut, c.head_width, scale)
+    return _Half(weights, layers[-1][0].shape[0])
+
+
+def _channel_half(block: Block, x: Tensor, width: int) -> _Half | None:
+    """The half of a gated unit, likewise."""
+    channel: Any = block._modules.get("channel")
+    if type(channel) is not GatedLinearUnit or channel.config.activation != "silu":
+        return None
+    norm: Any = _norm(block, x, width, "channel")
+    layers = None if norm is None else _layers(channel, "gate", "up", "output")
+    shortcut = _shortcut(block, "channel")
+    if layers is None or shortcut is None:
+        return None
+    weight, eps = norm
+    weights = decoding.gated_half(weight, eps, layers, shortcut)
+    return _Half(weights, layers[-1][0].shape[0])
+
+
+def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory | None, State]:
+    """What attention reads and writes beside its weights, and the state after; None for a state of other rows."""
+    mixer: Any = block._modules["mixer"]
+    if state is None:
+        return None, None
+    keys, values, start = state["keys"], state["values"], state["start"]
+    if not (_is_kept(keys, x, mixer.config) and _is_kept(values, x, mixer.config)):
+        return None, state
+    c, tokens = mixer.config, x.shape[1]
     keys, values = keys.extended(tokens), values.extended(tokens)
     turns: Any = (None, None)
     if c.rope_base is not None:
@@ -56,28 +163,9 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
         places = tuple([first - begin + t for begin in starts for t in range(tokens)])
         shape = len(starts), tokens
         turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
-    weight, eps = norm
-    scale = c.head_width**-0.5 if c.scale is None else c.scale
-    y = decoding.attention_step(
-        x, weight, eps, layers, shortcut, keys.tensor, values.tensor, start, turns, scale
-    )
     note_form("attention", "native")
-    return y, {"keys": keys, "values": values, "start": start}
-
-
-def channel_step(block: Block, x: Tensor) -> Tensor | None:
-    """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
-    channel: Any = block._modules.get("channel")
-    if type(channel) is not GatedLinearUnit or channel.config.activation != "silu":
-        return None
-    most = MOST_HALVES if x.dtype == torch.bfloat16 else MOST
-    norm: Any = _norm(block, x, "channel") if _is_few(x, most) else None
-    layers = None if norm is None else _layers(channel, "gate", "up", "output")
-    shortcut = _shortcut(block, "channel")
-    if layers is None or shortcut is None:
-        return None
-    weight, eps = norm
-    return decoding.gated_step(x, weight, eps, layers, shortcut)
+    memory = (keys.tensor, values.tensor, start, *turns)
+    return memory, {"keys": keys, "values": values, "start": start}
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -94,23 +182,23 @@ def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
 
 def _is_few(x: Tensor, most: int) -> bool:
     """Whether there are kernels for such tensors, and they are worth their while."""
-    if native is None or torch.is_grad_enabled() or x.stride(-1) != 1:
+    if native is None or torch.is_grad_enabled() or not x.is_contiguous():
         return False
     if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < x.shape[0] * x.shape[1] <= most:
         return False
     return needs_no_dispatcher(x, (x,)) and not torch.is_autocast_enabled("cpu")
 
 
-def _norm(block: Block, x: Tensor, half: str) -> Any:
+def _norm(block: Block, x: Tensor, width: int, half: str) -> Any:
     """Weight and epsilon of this half's norm; None if the kernels cannot compute all around its layers."""
     parts: dict[str, Any] = block._modules
     norm = parts.get(f"{half}_norm")
-    if block.residual != "pre" or not x.is_contiguous():
+    if block.residual != "pre":
         return None
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.eps is None:
         return None
     weight = norm._parameters["weight"]
-    if weight is None or weight.dtype != x.dtype or weight.shape != x.shape[-1:]:
+    if weight is None or weight.dtype != x.dtype or weight.shape != (width,):
         return None
     if not _is_plain(weight):
         return None
@@ -137,7 +225,7 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return type(tensor) in (Parameter, Tensor) and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _is_kept(kept: Any, x: Tensor, config: AttentionConfig) -> bool:
+def _is_kept(kept: Any, x: Tensor, config: Any) -> bool:
     """Whether keys or values of a state belong to the rows of x, in its dtype."""
     if type(kept) is not Growing:
         return False

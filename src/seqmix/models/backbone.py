@@ -29,7 +29,7 @@ from seqmix.layers.norm import NORMS
 from seqmix.layers.positions import LearnedPositions
 from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
-from seqmix.models._decoding import channel_step, head_step, mixer_step
+from seqmix.models._decoding import blocks_step, channel_step, head_step, mixer_step
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
 RESIDUALS = ("pre", "parallel", "sandwich", "post")
@@ -254,15 +254,24 @@ class Backbone(nn.Module):
         states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
         place = None if self.positions is None else states.pop(0)
         x, place = self.enter(x, place, cu_seqlens=cu_seqlens, tree=tree)
-        after = [] if self.positions is None else [place]
-        for block, before in zip(self.blocks, states, strict=True):
-            run = partial(block, cu_seqlens=cu_seqlens, tree=tree)
-            if self.gradient_checkpointing and self.training:
-                x, new = self._gradient_checkpointing_func(run, x, before)
+        left, after = list(zip(self.blocks, states, strict=True)), []
+        while left:
+            few = blocks_step(left, x) if cu_seqlens is None and tree is None else None
+            if few is None:
+                x, state = self._through(*left[0], x, cu_seqlens=cu_seqlens, tree=tree)
+                new = [state]
             else:
-                x, new = run(x, before)
-            after.append(new)
-        return self.leave(x), after
+                x, new = few
+            after += new
+            del left[: len(new)]
+        return self.leave(x), after if self.positions is None else [place, *after]
+
+    def _through(
+        self, block: nn.Module, state: State, x: Tensor, **others: Any
+    ) -> tuple[Tensor, State]:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(partial(block, **others), x, state)
+        return block(x, state, **others)
 
     def enter(
         self,
