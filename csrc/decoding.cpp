@@ -350,6 +350,37 @@ private:
     }
 };
 
+// What a half was made of in Python, so that it need not be made for every token.
+struct Origin {
+    nb::list entries;  // (dictionary, key, value)
+    nb::list lengths;  // (dictionary, how many entries)
+    nb::list tensors;
+    std::vector<Tensor> places;
+
+    Origin(nb::list entries, nb::list lengths, nb::list tensors) : entries(entries), lengths(lengths), tensors(tensors) {
+        for (nb::handle tensor : tensors) places.push_back(read_tensor(tensor));
+    }
+
+    // Whether every entry is the same object, every dictionary as long, and every tensor lies where it did, as it did.
+    bool is_same() const {
+        for (nb::handle entry : entries) {
+            PyObject* found = PyDict_GetItemWithError(PyTuple_GetItem(entry.ptr(), 0), PyTuple_GetItem(entry.ptr(), 1));
+            if (!found && PyErr_Occurred()) throw nb::python_error();
+            if (found != PyTuple_GetItem(entry.ptr(), 2)) return false;
+        }
+        for (nb::handle length : lengths)
+            if (PyDict_Size(PyTuple_GetItem(length.ptr(), 0)) != PyLong_AsSsize_t(PyTuple_GetItem(length.ptr(), 1)))
+                return false;
+        for (size_t i = 0; i < places.size(); ++i) {
+            Tensor now = read_tensor(tensors[i]);
+            if (now.data != places[i].data || now.dtype != places[i].dtype || now.axes != places[i].axes) return false;
+            for (int axis = 0; axis < now.axes; ++axis)
+                if (now.size(axis) != places[i].size(axis) || now.stride(axis) != places[i].stride(axis)) return false;
+        }
+        return true;
+    }
+};
+
 }  // namespace
 
 SEQMIX_BINDINGS(module) {
@@ -358,6 +389,9 @@ SEQMIX_BINDINGS(module) {
         .def(nb::init<Tensor, double, const std::vector<Layer>&, const Layer&, const Layer&, int64_t, double>(), "norm"_a,
              "eps"_a, "read"_a, "output"_a, "shortcut"_a, "head_width"_a, "scale"_a, nb::keep_alive<1, 2>(),
              nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
+    nb::class_<Origin>(module, "Origin")
+        .def(nb::init<nb::list, nb::list, nb::list>(), "entries"_a, "lengths"_a, "tensors"_a)
+        .def("is_same", &Origin::is_same);
     nb::class_<Call>(module, "Call")
         .def(nb::init<Tensor, std::vector<std::pair<const Half*, Memory>>, int>(), "x"_a, "halves"_a, "threads"_a,
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())

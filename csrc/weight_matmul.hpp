@@ -22,7 +22,7 @@ constexpr int64_t TASK_PRODUCTS = 1 << 17;                // so many take as lon
 
 // A linear layer. Rows of its weight [O, I] follow each other; those of 4 bits are codes with factors of groups.
 struct Linear {
-    Tensor weight, scale, bias;  // [O], [O] or none, in float32
+    Tensor weight, scale, bias;  // of the outputs [O] or none, in float32 or bfloat16
     FourBits codes;              // in the place of the weight, if it has any
 
     int64_t outputs() const { return codes ? codes.outputs() : weight.size(0); }
@@ -44,8 +44,8 @@ struct Linear {
     // A vector of results, or its first `count`, from outputs number `first` on.
     Vector finished(Vector total, int64_t first, int64_t count) const {
         auto read = [&](const Tensor& from) {
-            const float* at = from.as<float>() + first;
-            return count < WIDTH ? load_part(at, count) : load(at);
+            auto at = [&](const auto* numbers) { return count < WIDTH ? load_part(numbers + first, count) : load(numbers + first); };
+            return from.dtype == Dtype::bfloat16 ? at(from.as<bfloat16>()) : at(from.as<float>());
         };
         if (scale) total *= read(scale);
         return bias ? total + read(bias) : total;

@@ -1,5 +1,10 @@
 """Blocks in one compiled call: the same as their parts one after the other, wherever it takes their place."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 
@@ -249,6 +254,81 @@ def test_who_wants_to_see_the_parts_sees_them(calls):
         hook.remove()
     decode(model, ids, 80, (1, 1))
     assert calls == ["attention", "gate"] * 2
+
+
+def _other_values(model):
+    layer = model.backbone.blocks[0].mixer.query
+    layer.weight.data.mul_(2.0)
+
+
+def _other_storage(model):
+    layer = model.backbone.blocks[0].channel.gate
+    layer.weight.data = layer.weight.data * 2.0
+
+
+def _another_view(model):
+    layer = model.backbone.blocks[0].mixer.output
+    layer.weight.data = layer.weight.data.T
+
+
+def _other_parameter(model):
+    norm = model.backbone.blocks[0].channel_norm
+    norm.weight = torch.nn.Parameter(norm.weight.data * 2.0)
+
+
+def _other_layer(model):
+    layer = model.backbone.blocks[0].mixer.key
+    replace_layer(model, "backbone.blocks.0.mixer.key", Int8.of(layer))
+
+
+def _other_mixer(model):
+    model.backbone.blocks[0].mixer = build("[attention, attention]").backbone.blocks[1].mixer
+
+
+def _other_epsilon(model):
+    model.backbone.blocks[0].mixer_norm.eps = 10.0
+
+
+def _another_function(model):
+    layer = model.backbone.blocks[0].mixer.value
+    layer.forward = lambda x: torch.zeros(*x.shape[:2], layer.out_features)
+
+
+def _in_halves(model):
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+CHANGES = (
+    _other_values, _other_storage, _another_view, _other_parameter, _other_layer, _other_mixer, _other_epsilon,
+    _another_function, _in_halves,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_was_changed_between_two_tokens_is_read_as_it_is_now(change, without):
+    model, ids = build("2x[attention(bias=true)]"), tokens(1, 82)
+    with torch.inference_mode():
+        _, state = model(ids[:, :80])
+        before = model(ids[:, 80:81], state)[0]
+        with torch.inference_mode(False), torch.no_grad():
+            change(model)
+        got = model(ids[:, 80:81], state)[0]
+        wanted = without(lambda: model(ids[:, 80:81], state)[0])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_decoded_can_be_copied_stored_and_forgotten():
+    model, ids = build("2x[attention]"), tokens(1, 82)
+    wanted = decode(model, ids, 80, (1, 1))[0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(decode(other, ids, 80, (1, 1))[0], wanted, rtol=0, atol=0)
+    block = weakref.ref(model.backbone.blocks[0])
+    weight = weakref.ref(model.backbone.blocks[0].mixer.key.weight)
+    del model
+    gc.collect()
+    assert block() is None
+    assert weight() is None
 
 
 def test_gradients_and_tracers_go_through_the_parts(calls):

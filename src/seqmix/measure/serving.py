@@ -134,8 +134,8 @@ async def _round(server: Server, prompts: Sequence[str], new_tokens: int) -> dic
             seconds = time.perf_counter() - start
     except httpx.TransportError as error:
         raise DataError(
-            f"{server.name}: no answer from {server.url} ({str(error) or type(error).__name__}). Start the server, wait "
-            "until it has loaded its model, or leave it out."
+            f"{server.name}: no answer from {server.url} ({str(error) or type(error).__name__}). Start the server, "
+            "wait until it has loaded its model, or leave it out."
         ) from error
     return {
         "first_token_ms": 1e3 * statistics.median(answer.first for answer in answers),

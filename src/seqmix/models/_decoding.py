@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,31 @@ class _Half(NamedTuple):
 
     weights: Any
     outputs: int
+    forms: tuple[str, ...]  # of its layers, for `record_forms`
+
+
+_Known = dict[Any, tuple[decoding.Origin, _Half]]
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()  # as long as it is the same
+
+
+def _half(block: Block, name: str, x: Tensor, width: int) -> _Half | None:
+    """The "mixer" or "channel" of a block, for inputs like x but of this width; None where no kernel computes it."""
+    if block.residual != "pre":
+        return None
+    known, key = _known.get(block, {}), (name, x.dtype, width)
+    origin, half = known.get(key, (None, None))
+    if half is None or origin is None or not origin.is_same():
+        half = _mixer_half(block, x, width) if name == "mixer" else _channel_half(block, x, width)
+        if half is None:
+            return None
+        of_block: dict[str, Any] = block._modules
+        names = [f"{name}_norm", name, f"{name}_shortcut"]
+        entries = [(of_block, name, of_block[name]) for name in names if name in of_block]
+        modules = [module for _, _, module in entries if module is not None]
+        _known.setdefault(block, {})[key] = decoding.Origin(modules, entries), half
+    for form in half.forms:
+        note_form(form, "native")
+    return half
 
 
 class _Call:
@@ -70,9 +96,9 @@ def blocks_step(
         has_mixer, has_channel = (parts.get(name) is not None for name in ("mixer", "channel"))
         if not (has_mixer or has_channel) or not _is_untouched(block):
             break
-        mixer = _mixer_half(block, x, call.width) if has_mixer else None
+        mixer = _half(block, "mixer", x, call.width) if has_mixer else None
         width = call.width if mixer is None else mixer.outputs
-        channel = _channel_half(block, x, width) if has_channel else None
+        channel = _half(block, "channel", x, width) if has_channel else None
         if (mixer is None and has_mixer) or (channel is None and has_channel):
             break
         if mixer is not None:
@@ -89,7 +115,7 @@ def blocks_step(
 
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
-    half = _mixer_half(block, x, x.shape[-1]) if _is_few(x, MOST) else None
+    half = _half(block, "mixer", x, x.shape[-1]) if _is_few(x, MOST) else None
     if half is None:
         return None
     memory, state = _memory(block, x, state)
@@ -103,7 +129,7 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
 def channel_step(block: Block, x: Tensor) -> Tensor | None:
     """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
     most = MOST_HALVES if x.dtype == torch.bfloat16 else MOST
-    half = _channel_half(block, x, x.shape[-1]) if _is_few(x, most) else None
+    half = _half(block, "channel", x, x.shape[-1]) if _is_few(x, most) else None
     if half is None:
         return None
     call = _Call(x)
@@ -127,7 +153,7 @@ def _mixer_half(block: Block, x: Tensor, width: int) -> _Half | None:
     scale = c.head_width**-0.5 if c.scale is None else c.scale
     weight, eps = norm
     weights = decoding.attention_half(weight, eps, layers, shortcut, c.head_width, scale)
-    return _Half(weights, layers[-1][0].shape[0])
+    return _Half(weights, layers[-1][0].shape[0], _forms(*layers, shortcut))
 
 
 def _channel_half(block: Block, x: Tensor, width: int) -> _Half | None:
@@ -142,7 +168,7 @@ def _channel_half(block: Block, x: Tensor, width: int) -> _Half | None:
         return None
     weight, eps = norm
     weights = decoding.gated_half(weight, eps, layers, shortcut)
-    return _Half(weights, layers[-1][0].shape[0])
+    return _Half(weights, layers[-1][0].shape[0], _forms(*layers, shortcut))
 
 
 def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory | None, State]:
@@ -151,10 +177,13 @@ def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory | No
     if state is None:
         return None, None
     keys, values, start = state["keys"], state["values"], state["start"]
-    if not (_is_kept(keys, x, mixer.config) and _is_kept(values, x, mixer.config)):
+    if not type(keys) is type(values) is Growing:
         return None, state
     c, tokens = mixer.config, x.shape[1]
     keys, values = keys.extended(tokens), values.extended(tokens)
+    read = keys.tensor, values.tensor
+    if not all(_is_kept(tensor, x, c) for tensor in read):
+        return None, state
     turns: Any = (None, None)
     if c.rope_base is not None:
         first, starts = keys.length - tokens, start.tolist()
@@ -164,8 +193,7 @@ def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory | No
         shape = len(starts), tokens
         turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
     note_form("attention", "native")
-    memory = (keys.tensor, values.tensor, start, *turns)
-    return memory, {"keys": keys, "values": values, "start": start}
+    return (*read, start, *turns), {"keys": keys, "values": values, "start": start}
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -177,7 +205,7 @@ def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
         return None
     if not (_is_plain(weight) and _is_plain(bias) and _is_untouched(head)):
         return None
-    return decoding.linear_step(features, weight, _wide(bias))
+    return decoding.linear_step(features, weight, bias)
 
 
 def _is_few(x: Tensor, most: int) -> bool:
@@ -193,8 +221,6 @@ def _norm(block: Block, x: Tensor, width: int, half: str) -> Any:
     """Weight and epsilon of this half's norm; None if the kernels cannot compute all around its layers."""
     parts: dict[str, Any] = block._modules
     norm = parts.get(f"{half}_norm")
-    if block.residual != "pre":
-        return None
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.eps is None:
         return None
     weight = norm._parameters["weight"]
@@ -225,11 +251,8 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return type(tensor) in (Parameter, Tensor) and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _is_kept(kept: Any, x: Tensor, config: Any) -> bool:
+def _is_kept(tensor: Tensor, x: Tensor, config: Any) -> bool:
     """Whether keys or values of a state belong to the rows of x, in its dtype."""
-    if type(kept) is not Growing:
-        return False
-    tensor = kept.tensor
     if type(tensor) is not Tensor or not tensor.is_cpu or tensor.stride(-1) != 1:
         return False
     rows, _, *heads = tensor.shape
@@ -258,11 +281,15 @@ def _layers(part: nn.Module, *names: str) -> Any:
             return None
         if not all(map(_is_plain, held.values())):
             return None
-        if kind is not nn.Linear:
-            note_form("int4_matmul" if kind is Int4 else "int8_matmul", "native")
-        found.append((weight, _wide(held.get("scale")), _wide(held["bias"]), factors, group))
+        found.append((weight, held.get("scale"), held["bias"], factors, group))
     return tuple(found)
 
 
-def _wide(factors: Tensor | None) -> Tensor | None:
-    return None if factors is None else factors.float()
+def _forms(*layers: decoding.Layer) -> tuple[str, ...]:
+    """The operators that these layers stand for."""
+    found = {
+        "int8_matmul" if factors is None else "int4_matmul"
+        for weight, _, _, factors, _ in layers
+        if weight is not None and not weight.is_floating_point()
+    }
+    return tuple(sorted(found))
