@@ -322,6 +322,9 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
             layer.with_rows([&](const auto& numbers) {
                 each_strip([&](int64_t first, int64_t count) {
                     const auto* weight = numbers(first, count, space.bytes(thread));
+                    if (few && !layer.codes && strip == strips * share / shares)  // nobody has fetched these ahead
+                        for (int64_t byte = LINE; byte < AHEAD; byte += LINE)
+                            __builtin_prefetch(reinterpret_cast<const char*>(weight) + byte, 0, 2);
                     if (!few) {
                         strip_results(layer, weight, first, count, panel, stride, begin, here, space.turned(thread), to);
                         return;
