@@ -87,8 +87,17 @@ void add_output(const Linear& output, const Linear& shortcut, const Panel& from,
 // size as well.
 using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t>;
 
+void require_of_outputs(const Tensor& numbers, int64_t outputs) {
+    if (!numbers) return;
+    require_shape(numbers, "decoding: a factor or bias is [O]", {outputs});
+    require(numbers.stride(0) == 1 && (numbers.dtype == Dtype::float32 || numbers.dtype == Dtype::bfloat16),
+            "decoding: factors and biases are in float32 or bfloat16, without gaps");
+}
+
 Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     const auto& [weight, scale, bias, factors, group] = layer;
+    require_of_outputs(scale, outputs);
+    require_of_outputs(bias, outputs);
     if (factors) {
         FourBits codes{weight, factors, inputs, group};
         require(weight.axes == 2 && weight.size(0) == outputs, "decoding: a weight does not fit");
@@ -100,19 +109,25 @@ Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     return {weight, scale, bias, {}};
 }
 
-// The weights of half a block: of attention queries, keys and values are read, of a gated unit the gate and what it
-// multiplies.
+// The weights of half a block from Python: the norm's and its epsilon; the layers that read, of attention for queries,
+// keys and values, of a gated unit the gate and what it multiplies; the last layer; the shortcut or none; the width of a
+// head, 0 of a gated unit; the scale of attention.
+using Given = std::tuple<Tensor, double, std::vector<Layer>, Layer, Layer, int64_t, double>;
+
 struct Half {
     Tensor norm;
     float eps;
     std::vector<Linear> read;
-    Linear output, shortcut;  // the second or none
-    int64_t head_width;       // none of a gated unit
+    Linear output, shortcut;
+    int64_t head_width;
     float scale;
 
-    Half(Tensor norm, double eps, const std::vector<Layer>& layers, const Layer& output, const Layer& shortcut,
-         int64_t head_width, double scale)
-        : norm(norm), eps(float(eps)), head_width(head_width), scale(float(scale)) {
+    explicit Half(const Given& given)
+        : norm(std::get<0>(given)), eps(float(std::get<1>(given))), head_width(std::get<5>(given)),
+          scale(float(std::get<6>(given))) {
+        const auto& layers = std::get<2>(given);
+        const auto& last = std::get<3>(given);
+        const auto& around = std::get<4>(given);
         require(norm.axes == 1, "decoding: the norm is [D]");
         require(layers.size() == (is_attention() ? 3 : 2), "decoding: attention reads three layers, a gated unit two");
         for (const Layer& layer : layers) read.push_back(linear_of(layer, inputs(), outputs_of(layer)));
@@ -120,8 +135,8 @@ struct Half {
         if (is_attention())
             require(width() % head_width == 0 && shared() % head_width == 0 && width() % shared() == 0,
                     "decoding: heads do not fit");
-        this->output = linear_of(output, width(), outputs_of(output));
-        if (std::get<0>(shortcut)) this->shortcut = linear_of(shortcut, inputs(), outputs());
+        output = linear_of(last, width(), outputs_of(last));
+        if (std::get<0>(around)) shortcut = linear_of(around, inputs(), outputs());
         else require(inputs() == outputs(), "decoding: without a shortcut the output is as wide as the input");
     }
 
@@ -295,36 +310,50 @@ struct GatedStep {
 // What attention reads and writes beside its weights: keys, values, start, cosines, sines.
 using Memory = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-AttentionStep attention_step(const Half& half, const Memory& memory, int64_t all, int threads) {
+AttentionStep attention_step(const Half& half, const Memory& memory, const Tensor& x, int threads) {
     const auto& [keys, values, start, cosines, sines] = memory;
-    const int64_t batch = keys.size(0), length = keys.size(1);
+    const int64_t batch = keys.size(0), length = keys.size(1), all = x.size(0);
     require(keys.axes == 4 && batch > 0 && all % batch == 0 && all / batch <= length, "decoding: rows do not fit");
     require(keys.size(3) == half.head_width && keys.size(2) * half.head_width == half.shared(),
             "decoding: heads do not fit");
     require_shape(values, "decoding: keys and values differ", {batch, length, keys.size(2), keys.size(3)});
+    require(keys.dtype == x.dtype && values.dtype == x.dtype, "decoding: keys and values are in the dtype of x");
     require_shape(start, "decoding: `start` is [B]", {batch});
+    require(start.dtype == Dtype::int64 && (batch == 1 || start.stride(0) == 1), "decoding: `start` is int64, without gaps");
+    require(bool(cosines) == bool(sines), "decoding: cosines go with sines");
+    if (cosines) {
+        require(cosines.axes == 4 && (cosines.size(0) == 1 || cosines.size(0) == batch) && cosines.size(3) <= half.head_width,
+                "decoding: the turns are [1 or B, T, 1, R]");
+        for (const Tensor* turns : {&cosines, &sines}) {
+            require_shape(*turns, "decoding: cosines and sines differ", {cosines.size(0), all / batch, 1, cosines.size(3)});
+            require(turns->dtype == Dtype::float32 && turns->stride(3) == 1, "decoding: turns are in float32, without gaps");
+        }
+    }
     return {half, keys, values, start, cosines, sines, all, threads};
 }
 
 // x [tokens, D] through one half after the other to y; what is between them is in y as well.
 struct Call {
     Tensor x;
-    std::vector<std::pair<const Half*, Memory>> halves;
+    std::vector<std::pair<Half, Memory>> halves;
     int threads;
     int64_t floats = 0, widest = 0, width;  // of the workspace, and outputs
 
-    Call(Tensor x, std::vector<std::pair<const Half*, Memory>> given, int threads)
-        : x(x), halves(std::move(given)), threads(threads), width(x.size(1)) {
+    Call(Tensor x, const std::vector<std::pair<Given, Memory>>& given, int threads)
+        : x(x), threads(threads), width(x.size(1)) {
         require(x.axes == 2 && x.size(0) > 0, "decoding: there is a token");
-        for (const auto& [half, memory] : halves) {
-            require(half->inputs() == width, "decoding: the norm does not fit");
-            width = half->outputs();
+        halves.reserve(given.size());
+        for (const auto& [weights, memory] : given) {
+            const Half& half = halves.emplace_back(Half(weights), memory).first;
+            require(half.inputs() == width && half.norm.dtype == x.dtype, "decoding: the norm does not fit");
+            width = half.outputs();
             widest = width > widest ? width : widest;
-            with_step(*half, memory, [&](const auto& step) { floats = step.floats() > floats ? step.floats() : floats; });
+            with_step(half, memory, [&](const auto& step) { floats = step.floats() > floats ? step.floats() : floats; });
         }
     }
 
     void run(const Tensor& y, const Tensor& workspace) const {
+        require(y.dtype == x.dtype && workspace.dtype == Dtype::float32, "decoding: y is as x, the workspace in float32");
         require(y.size(0) >= x.size(0) * widest && workspace.size(0) >= floats, "decoding: there is too little room");
         if (x.dtype == Dtype::bfloat16) run_in<bfloat16>(y, workspace.as<float>());
         else run_in<float>(y, workspace.as<float>());
@@ -333,7 +362,7 @@ struct Call {
 private:
     template <class Body>
     void with_step(const Half& half, const Memory& memory, const Body& body) const {
-        if (half.is_attention()) body(attention_step(half, memory, x.size(0), threads));
+        if (half.is_attention()) body(attention_step(half, memory, x, threads));
         else body(GatedStep{half, x.size(0), threads});
     }
 
@@ -343,57 +372,19 @@ private:
         for (const auto& [half, memory] : halves) {
             Tensor to = y;
             to.axes = 2;
-            to.sizes[0] = x.size(0), to.sizes[1] = to.strides[0] = half->outputs(), to.strides[1] = 1;
-            with_step(*half, memory, [&](const auto& step) { step.template run<T>(from, to, workspace); });
+            to.sizes[0] = x.size(0), to.sizes[1] = to.strides[0] = half.outputs(), to.strides[1] = 1;
+            with_step(half, memory, [&](const auto& step) { step.template run<T>(from, to, workspace); });
             from = to;
         }
-    }
-};
-
-// What a half was made of in Python, so that it need not be made for every token.
-struct Origin {
-    nb::list entries;  // (dictionary, key, value)
-    nb::list lengths;  // (dictionary, how many entries)
-    nb::list tensors;
-    std::vector<Tensor> places;
-
-    Origin(nb::list entries, nb::list lengths, nb::list tensors) : entries(entries), lengths(lengths), tensors(tensors) {
-        for (nb::handle tensor : tensors) places.push_back(read_tensor(tensor));
-    }
-
-    // Whether every entry is the same object, every dictionary as long, and every tensor lies where it did, as it did.
-    bool is_same() const {
-        for (nb::handle entry : entries) {
-            PyObject* found = PyDict_GetItemWithError(PyTuple_GetItem(entry.ptr(), 0), PyTuple_GetItem(entry.ptr(), 1));
-            if (!found && PyErr_Occurred()) throw nb::python_error();
-            if (found != PyTuple_GetItem(entry.ptr(), 2)) return false;
-        }
-        for (nb::handle length : lengths)
-            if (PyDict_Size(PyTuple_GetItem(length.ptr(), 0)) != PyLong_AsSsize_t(PyTuple_GetItem(length.ptr(), 1)))
-                return false;
-        for (size_t i = 0; i < places.size(); ++i) {
-            Tensor now = read_tensor(tensors[i]);
-            if (now.data != places[i].data || now.dtype != places[i].dtype || now.axes != places[i].axes) return false;
-            for (int axis = 0; axis < now.axes; ++axis)
-                if (now.size(axis) != places[i].size(axis) || now.stride(axis) != places[i].stride(axis)) return false;
-        }
-        return true;
     }
 };
 
 }  // namespace
 
 SEQMIX_BINDINGS(module) {
-    nb::class_<Half>(module, "Half")
-        // It has addresses only, so what they are of lives as long.
-        .def(nb::init<Tensor, double, const std::vector<Layer>&, const Layer&, const Layer&, int64_t, double>(), "norm"_a,
-             "eps"_a, "read"_a, "output"_a, "shortcut"_a, "head_width"_a, "scale"_a, nb::keep_alive<1, 2>(),
-             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
-    nb::class_<Origin>(module, "Origin")
-        .def(nb::init<nb::list, nb::list, nb::list>(), "entries"_a, "lengths"_a, "tensors"_a)
-        .def("is_same", &Origin::is_same);
+    // It has addresses only, so what it is of lives as long.
     nb::class_<Call>(module, "Call")
-        .def(nb::init<Tensor, std::vector<std::pair<const Half*, Memory>>, int>(), "x"_a, "halves"_a, "threads"_a,
+        .def(nb::init<Tensor, const std::vector<std::pair<Given, Memory>>&, int>(), "x"_a, "halves"_a, "threads"_a,
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def_ro("floats", &Call::floats)
         .def_ro("widest", &Call::widest)

@@ -2,7 +2,7 @@
 //
 // m from 1 to 15 and q + 8 are kept two to a byte, the first in the low half. Few tokens are multiplied with the codes as
 // they are, for a group is a sum m (sum_i c_i x_i - 8 sum_i x_i), if their inputs are sorted as the halves of bytes
-// are. For more, the products m q fit into 8 bits, and there are 16 of them for a factor, which one instruction looks up:
+// are; an infinite input gives NaN so. For more, the products m q fit into 8 bits, and there are 16 of them for a factor, which one instruction looks up:
 // a row becomes bytes in cache on its way.
 #pragma once
 

@@ -1,10 +1,12 @@
 // Products with the weights of linear layers: y_t = diag(scale) W x_t + bias, in float32. W is kept as float, bfloat16,
 // or whole numbers of 8 or 4 bits.
 //
-// For few tokens the time goes into reading W: its numbers become floats in registers and nowhere else, the lanes of a
-// vector are inputs, and the sums of a vector's outputs are turned together at the end. For more it goes into
+// For few tokens the time goes into reading W: its numbers become floats in registers and nowhere else (but for groups of
+// 4 bits that are no whole vectors, which become bytes first), the lanes of a vector are inputs, and the sums of a vector's outputs are turned together at the end. For more it goes into
 // products: a strip of W becomes floats in cache, turned, once for many tokens, and the lanes are outputs.
 #pragma once
+
+#include <type_traits>
 
 #include "four_bits.hpp"
 #include "matmul.hpp"
@@ -134,9 +136,9 @@ inline void lane_sums(const FourBits& bits, int64_t output, const SplitTokens& x
             Vector start = load(x.start_of(token + t, group));
             for (int i = 0; i < rows; ++i) own[i][t] = start;
         }
-        if (byte % LINE < bits.group / 2)
-            for (int i = 0; i < rows; ++i) __builtin_prefetch(codes[i] + byte + AHEAD / 2);
         for (const int64_t end = byte + bits.group / 2; byte < end; byte += WIDTH) {
+            if (byte % LINE < WIDTH)
+                for (int i = 0; i < rows; ++i) __builtin_prefetch(codes[i] + byte + AHEAD / 2);
             Vector even[tokens], odd[tokens];
             for (int t = 0; t < tokens; ++t) {
                 even[t] = load(x.row_of(token + t) + 2 * byte);
@@ -159,15 +161,41 @@ inline void lane_sums(const FourBits& bits, int64_t output, const SplitTokens& x
         for (int t = 0; t < tokens; ++t) sums[t][first + i] = total[i][t];
 }
 
+// Rows of a weight, for the sums of few tokens x: numbers of `inputs`, or codes from number `output` on.
+template <class Number>
+struct NumberRows {
+    const Number* weight;
+    int64_t inputs;
+    const float* x;
+    int64_t stride;
+
+    template <int rows, int tokens>
+    void add(int64_t i, int64_t token, Vector (*sums)[WIDTH]) const {
+        lane_sums<rows, tokens>(weight + i * inputs, inputs, x + token * stride, stride, sums, i);
+    }
+};
+
+struct CodeRows {
+    const FourBits& bits;
+    int64_t output;
+    const SplitTokens& x;
+
+    template <int rows, int tokens>
+    void add(int64_t i, int64_t token, Vector (*sums)[WIDTH]) const {
+        lane_sums<rows, tokens>(bits, output + i, x, token, sums, i);
+    }
+};
+
 // put(token, output, values, count) of `count` outputs, at most a vector of them, from number `first` on, for so many
-// tokens from number `token` on. add(rows, i, sums) puts the sums of some rows from number i on at their places.
-template <int tokens, class Add, class Put>
-inline void few_results(const Linear& layer, int64_t first, int64_t count, int64_t token, const Add& add, const Put& put) {
+// tokens from number `token` on.
+template <int tokens, class Weight, class Put>
+inline void few_results(const Linear& layer, const Weight& weight, int64_t first, int64_t count, int64_t token,
+                        const Put& put) {
     constexpr int rows = tokens == 4 && BLOCK_VECTORS == 2 ? 2 : 4;  // as many sums as there are registers for
     Vector sums[tokens][WIDTH] = {};
     int64_t i = 0;
-    for (; i + rows <= count; i += rows) add(Rows<rows>{}, i, sums);
-    for (; i < count; ++i) add(Rows<1>{}, i, sums);
+    for (; i + rows <= count; i += rows) weight.template add<rows, tokens>(i, token, sums);
+    for (; i < count; ++i) weight.template add<1, tokens>(i, token, sums);
     for (int t = 0; t < tokens; ++t) {
         transpose_vectors(sums[t]);
         Vector total = {};
@@ -283,7 +311,6 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
     for_each_task(tiles * shares, threads, [&](int64_t task, int thread) {
         const int64_t tile = task / shares, share = task % shares;
         const int64_t begin = tokens * tile / tiles, here = tokens * (tile + 1) / tiles - begin;
-        const float* panel = x + begin * stride;
         int64_t strip = strips * share / shares, before = 0;
         const int64_t end = strips * (share + 1) / shares;
         for (int i = 0; i < count_of_layers && strip < end; before += strips_of(layers[i++])) {
@@ -292,18 +319,15 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
             auto to = [&](int64_t token, int64_t output, Vector values, int64_t some) {
                 put(i, token, output, values, some);
             };
-            // add(rows, tokens, i, t, sums), as in `few_results`, for tokens number t on
-            auto put_few = [&](int64_t first, int64_t count, auto&& add) {
-                int64_t t = 0;
+            auto put_few = [&](const auto& weight, int64_t first, int64_t count) {
+                int64_t token = begin;
                 auto run = [&](auto some) {
-                    few_results<decltype(some)::value>(
-                        layer, first, count, begin + t, [&](auto rows, int64_t i, auto sums) { add(rows, some, i, t, sums); },
-                        to);
-                    t += some.value;
+                    few_results<decltype(some)::value>(layer, weight, first, count, token, to);
+                    token += some.value;
                 };
-                while (t + 4 <= here) run(Rows<4>{});
-                if (t + 2 <= here) run(Rows<2>{});
-                if (t < here) run(Rows<1>{});
+                while (token + 4 <= begin + here) run(Rows<4>{});
+                if (token + 2 <= begin + here) run(Rows<2>{});
+                if (token < begin + here) run(Rows<1>{});
             };
             auto each_strip = [&](auto&& body) {
                 for (; strip < end && strip < stop; ++strip) {
@@ -313,25 +337,20 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
             };
             if (few && split.fits(layer.codes)) {
                 each_strip([&](int64_t first, int64_t count) {
-                    put_few(first, count, [&](auto rows, auto some, int64_t i, int64_t t, Vector (*sums)[WIDTH]) {
-                        lane_sums<rows.value, some.value>(layer.codes, first + i, split, t, sums, i);
-                    });
+                    put_few(CodeRows{layer.codes, first, split}, first, count);
                 });
                 continue;
             }
             layer.with_rows([&](const auto& numbers) {
                 each_strip([&](int64_t first, int64_t count) {
                     const auto* weight = numbers(first, count, space.bytes(thread));
+                    using Number = std::remove_cv_t<std::remove_pointer_t<decltype(weight)>>;
                     if (few && !layer.codes && strip == strips * share / shares)  // nobody has fetched these ahead
                         for (int64_t byte = LINE; byte < AHEAD; byte += LINE)
                             __builtin_prefetch(reinterpret_cast<const char*>(weight) + byte, 0, 2);
-                    if (!few) {
-                        strip_results(layer, weight, first, count, panel, stride, begin, here, space.turned(thread), to);
-                        return;
-                    }
-                    put_few(first, count, [&](auto rows, auto some, int64_t i, int64_t t, Vector (*sums)[WIDTH]) {
-                        lane_sums<rows.value, some.value>(weight + i * inputs, inputs, panel + t * stride, stride, sums, i);
-                    });
+                    if (few) put_few(NumberRows<Number>{weight, inputs, x, stride}, first, count);
+                    else strip_results(layer, weight, first, count, x + begin * stride, stride, begin, here,
+                                       space.turned(thread), to);
                 });
             });
         }
@@ -360,6 +379,7 @@ inline void multiply_weight(const Tensor& x, const Linear& layer, const Tensor& 
     const int64_t tokens = x.size(0) * x.size(1), inputs = x.size(2);
     require(tokens > 0 && inputs > 0 && y.size(2) > 0, "weight_matmul: there is at least one of everything");
     require(layer.outputs() == y.size(2) && layer.inputs() == inputs, "weight_matmul: the weight is [O, I]");
+    require(room.dtype == Dtype::float32, "weight_matmul: the workspace is in float32");
     require(room.size(0) >= workspace_floats(tokens, inputs, threads), "weight_matmul: the workspace is too small");
     if (x.dtype == Dtype::bfloat16) multiply_tokens<bfloat16>(x, layer, y, room.as<float>(), threads);
     else multiply_tokens<float>(x, layer, y, room.as<float>(), threads);

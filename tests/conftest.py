@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from seqmix.kernels import decoding
+from seqmix.models import _decoding
+
 
 def pytest_configure():
     if os.environ.get("PYTEST_XDIST_WORKER"):
@@ -40,3 +43,33 @@ def _is_here(host):
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@pytest.fixture
+def part_by_part(monkeypatch):
+    """Runs a function with every part of a block called on its own."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(_decoding, "_is_few", lambda x, most: False)
+            return function()
+
+    return run
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch):
+    """The halves of blocks that compiled calls compute; the calls themselves are counted in `number`."""
+
+    class Seen(list):
+        number = 0
+
+    seen, real = Seen(), decoding.decode
+
+    def counted(x, halves):
+        seen.number += 1
+        seen.extend("gate" if m is decoding.NO_MEMORY else "attention" for _, m in halves)
+        return real(x, halves)
+
+    monkeypatch.setattr(decoding, "decode", counted)
+    return seen

@@ -78,6 +78,11 @@ def needs_no_dispatcher(first: Tensor, tensors: Iterable[Tensor | None]) -> bool
     return not [x for x in given if x.is_neg() or (trains and x.requires_grad)]
 
 
+def float_workspace(*shape: int) -> Tensor:
+    """What a kernel works in, whatever dtype and device PyTorch takes by default: another thread may set them."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def columns_contiguous(tensor: Tensor) -> Tensor:
     """The same values with neighbours along the last axis next to each other; other axes keep any stride."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:

@@ -8,6 +8,7 @@ from torch import Tensor
 from seqmix.kernels._custom import (
     columns_contiguous,
     custom_operator,
+    float_workspace,
     needs_no_dispatcher,
     text_bounds,
 )
@@ -75,7 +76,7 @@ def _run(
     o = _fake(q, k, v, bias, logits, bounds, causal, window, first, scale)
     threads = torch.get_num_threads()
     room = native.attention_workspace(q, k, v, bounds, threads)
-    workspace = torch.empty(room, dtype=torch.float32)
+    workspace = float_workspace(room)
     native.attention(
         q, k, v, bias, logits, bounds, o, workspace, causal, window, first, scale, threads
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import columns_contiguous, custom_operator
+from seqmix.kernels._custom import columns_contiguous, custom_operator, float_workspace
 from seqmix.kernels._native import native
 
 
@@ -26,7 +26,7 @@ def _run(
     o = _fake(q, k, v, blocks, block, causal, scale)
     threads = torch.get_num_threads()
     room = native.block_sparse_attention_workspace(block, q.shape[3], v.shape[3], threads)
-    workspace = torch.empty(room, dtype=torch.float32)
+    workspace = float_workspace(room)
     chosen = blocks.view(torch.uint8)
     native.block_sparse_attention(q, k, v, chosen, o, workspace, block, causal, scale, threads)
     return o

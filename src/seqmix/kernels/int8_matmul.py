@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import columns_contiguous, custom_operator, needs_no_dispatcher
+from seqmix.kernels._custom import (
+    columns_contiguous,
+    custom_operator,
+    float_workspace,
+    needs_no_dispatcher,
+)
 from seqmix.kernels._native import native
 from seqmix.kernels.sparse_matmul import without_gradients
 
@@ -25,7 +30,7 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
 def workspace(x: Tensor, threads: int) -> Tensor:
     """What the kernels for dense weights of few bits work in."""
     tokens = x.shape[0] * x.shape[1]
-    return torch.empty(native.weight_matmul_workspace(tokens, x.shape[2], threads))
+    return float_workspace(native.weight_matmul_workspace(tokens, x.shape[2], threads))
 
 
 def _run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqmix.kernels._custom import columns_contiguous, custom_operator
+from seqmix.kernels._custom import columns_contiguous, custom_operator, float_workspace
 from seqmix.kernels._native import missing, native
 
 STRIP = 128  # outputs of a strip, as in csrc/tiles.hpp
@@ -44,8 +44,8 @@ def _run(
     x, threads = columns_contiguous(x), torch.get_num_threads()
     y = _fake(x, blocks, columns, offsets, bias)
     tile = native.sparse_tile()
-    panels = torch.empty(threads, x.shape[2] + _strip(blocks.shape[1]), tile)
-    packed = torch.empty(threads, dtype=torch.long)
+    panels = float_workspace(threads, x.shape[2] + _strip(blocks.shape[1]), tile)
+    packed = torch.empty(threads, dtype=torch.long, device="cpu")
     blocks, columns, offsets = (t.contiguous() for t in (blocks, columns, offsets))
     bias = None if bias is None else bias.contiguous()
     native.sparse_matmul(x, blocks, columns, offsets, bias, y, panels, packed, threads)
@@ -96,9 +96,9 @@ def _run_quantized(
     x, threads = columns_contiguous(x), torch.get_num_threads()
     y = _fake_quantized(x, scales, blocks, columns, offsets, bias)
     tile = native.sparse_tile()
-    panels = torch.empty(threads, x.shape[2], tile, dtype=torch.int8)
-    results = torch.empty(threads, 1 + _strip(4), tile)
-    packed = torch.empty(threads, dtype=torch.long)
+    panels = torch.empty(threads, x.shape[2], tile, dtype=torch.int8, device="cpu")
+    results = float_workspace(threads, 1 + _strip(4), tile)
+    packed = torch.empty(threads, dtype=torch.long, device="cpu")
     scales, blocks, columns, offsets = (t.contiguous() for t in (scales, blocks, columns, offsets))
     bias = None if bias is None else bias.contiguous()
     native.quantized_sparse_matmul(

@@ -6,13 +6,13 @@ a block is what the kernels of `seqmix.kernels.decoding` compute; any other goes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 from seqmix.channels.glu import GatedLinearUnit
 from seqmix.core.state import Growing, State
@@ -30,39 +30,8 @@ if TYPE_CHECKING:
     from seqmix.models.backbone import Block
 
 MOST = 32  # tokens of all texts; for more, what the parts of a block compute takes longer than their calls
+KINDS = (torch.float32, torch.bfloat16)  # dtypes that they read
 MOST_HALVES = 4096  # the same of a channel mixer in bfloat16, which PyTorch multiplies slowly on most processors
-
-
-class _Half(NamedTuple):
-    """Half a block as the kernels read it."""
-
-    weights: Any
-    outputs: int
-    forms: tuple[str, ...]  # of its layers, for `record_forms`
-
-
-_Known = dict[Any, tuple[decoding.Origin, _Half]]
-_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()  # as long as it is the same
-
-
-def _half(block: Block, name: str, x: Tensor, width: int) -> _Half | None:
-    """The "mixer" or "channel" of a block, for inputs like x but of this width; None where no kernel computes it."""
-    if block.residual != "pre":
-        return None
-    known, key = _known.get(block, {}), (name, x.dtype, width)
-    origin, half = known.get(key, (None, None))
-    if half is None or origin is None or not origin.is_same():
-        half = _mixer_half(block, x, width) if name == "mixer" else _channel_half(block, x, width)
-        if half is None:
-            return None
-        of_block: dict[str, Any] = block._modules
-        names = [f"{name}_norm", name, f"{name}_shortcut"]
-        entries = [(of_block, name, of_block[name]) for name in names if name in of_block]
-        modules = [module for _, _, module in entries if module is not None]
-        _known.setdefault(block, {})[key] = decoding.Origin(modules, entries), half
-    for form in half.forms:
-        note_form(form, "native")
-    return half
 
 
 class _Call:
@@ -71,18 +40,23 @@ class _Call:
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self.width = x.shape[-1]
-        self.halves: list[tuple[Any, decoding.Memory]] = []
+        self._halves: list[tuple[decoding.Half, decoding.Memory]] = []
 
-    def add(self, half: _Half, memory: decoding.Memory = decoding.NO_MEMORY) -> None:
-        self.halves.append((half.weights, memory))
+    def add(self, half: decoding.Half, memory: decoding.Memory = decoding.NO_MEMORY) -> None:
+        self._halves.append((half, memory))
         self.width = half.outputs
 
     def run(self) -> Tensor:
-        return decoding.decode(self.x, self.halves)
+        for half, _ in self._halves:
+            for form in half.forms:
+                note_form(form, "native")
+            if half.head_width:
+                note_form("attention", "native")
+        return decoding.decode(self.x, self._halves)
 
 
 def blocks_step(
-    blocks: Sequence[tuple[Any, State]], x: Tensor
+    blocks: Iterable[tuple[Block, State]], x: Tensor
 ) -> tuple[Tensor, list[State]] | None:
     """x [B, T, D] through as many whole blocks, from the first on, as kernels compute; each is given with its state.
 
@@ -96,17 +70,19 @@ def blocks_step(
         has_mixer, has_channel = (parts.get(name) is not None for name in ("mixer", "channel"))
         if not (has_mixer or has_channel) or not _is_untouched(block):
             break
-        mixer = _half(block, "mixer", x, call.width) if has_mixer else None
+        if has_mixer and state is None:
+            break
+        mixer = _mixer_half(block, x, call.width) if has_mixer else None
         width = call.width if mixer is None else mixer.outputs
-        channel = _half(block, "channel", x, width) if has_channel else None
+        channel = _channel_half(block, x, width) if has_channel else None
         if (mixer is None and has_mixer) or (channel is None and has_channel):
             break
         if mixer is not None:
-            memory, new = _memory(block, x, state)
+            memory = _memory(block, x, state)
             if memory is None:
                 break
-            call.add(mixer, memory)
-            state = new
+            call.add(mixer, memory[0])
+            state = memory[1]
         if channel is not None:
             call.add(channel)
         after.append(state)
@@ -115,21 +91,21 @@ def blocks_step(
 
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
-    half = _half(block, "mixer", x, x.shape[-1]) if _is_few(x, MOST) else None
-    if half is None:
+    if state is None or not _is_few(x, MOST):
         return None
-    memory, state = _memory(block, x, state)
-    if memory is None:
+    half = _mixer_half(block, x, x.shape[-1])
+    memory = None if half is None else _memory(block, x, state)
+    if half is None or memory is None:
         return None
     call = _Call(x)
-    call.add(half, memory)
-    return call.run(), state
+    call.add(half, memory[0])
+    return call.run(), memory[1]
 
 
 def channel_step(block: Block, x: Tensor) -> Tensor | None:
     """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
     most = MOST_HALVES if x.dtype == torch.bfloat16 else MOST
-    half = _half(block, "channel", x, x.shape[-1]) if _is_few(x, most) else None
+    half = _channel_half(block, x, x.shape[-1]) if _is_few(x, most) else None
     if half is None:
         return None
     call = _Call(x)
@@ -137,7 +113,7 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     return call.run()
 
 
-def _mixer_half(block: Block, x: Tensor, width: int) -> _Half | None:
+def _mixer_half(block: Block, x: Tensor, width: int) -> decoding.Half | None:
     """The half of attention, for inputs like x but of this width; None where no kernel computes it."""
     mixer: Any = block._modules.get("mixer")
     if type(mixer) is not Attention:
@@ -145,45 +121,35 @@ def _mixer_half(block: Block, x: Tensor, width: int) -> _Half | None:
     c = mixer.config
     if c.window is not None or c.best is not None or c.qk_norm:
         return None
-    norm: Any = _norm(block, x, width, "mixer")
-    layers = None if norm is None else _layers(mixer, "query", "key", "value", "output")
-    shortcut = _shortcut(block, "mixer")
-    if layers is None or shortcut is None:
+    around: Any = _around(block, x, width, "mixer")
+    layers = None if around is None else _layers(mixer, "query", "key", "value", "output")
+    if layers is None:
         return None
-    scale = c.head_width**-0.5 if c.scale is None else c.scale
-    weight, eps = norm
-    weights = decoding.attention_half(weight, eps, layers, shortcut, c.head_width, scale)
-    return _Half(weights, layers[-1][0].shape[0], _forms(*layers, shortcut))
+    (norm, eps, shortcut), scale = around, c.head_width**-0.5 if c.scale is None else c.scale
+    return decoding.Half(norm, eps, layers[:-1], layers[-1], shortcut, c.head_width, scale)
 
 
-def _channel_half(block: Block, x: Tensor, width: int) -> _Half | None:
+def _channel_half(block: Block, x: Tensor, width: int) -> decoding.Half | None:
     """The half of a gated unit, likewise."""
     channel: Any = block._modules.get("channel")
     if type(channel) is not GatedLinearUnit or channel.config.activation != "silu":
         return None
-    norm: Any = _norm(block, x, width, "channel")
-    layers = None if norm is None else _layers(channel, "gate", "up", "output")
-    shortcut = _shortcut(block, "channel")
-    if layers is None or shortcut is None:
+    around: Any = _around(block, x, width, "channel")
+    layers = None if around is None else _layers(channel, "gate", "up", "output")
+    if layers is None:
         return None
-    weight, eps = norm
-    weights = decoding.gated_half(weight, eps, layers, shortcut)
-    return _Half(weights, layers[-1][0].shape[0], _forms(*layers, shortcut))
+    norm, eps, shortcut = around
+    return decoding.Half(norm, eps, layers[:-1], layers[-1], shortcut)
 
 
-def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory | None, State]:
-    """What attention reads and writes beside its weights, and the state after; None for a state of other rows."""
+def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory, State] | None:
+    """What attention reads and writes beside its weights, and the state after; None for a state that does not fit x."""
     mixer: Any = block._modules["mixer"]
-    if state is None:
-        return None, None
     keys, values, start = state["keys"], state["values"], state["start"]
-    if not type(keys) is type(values) is Growing:
-        return None, state
     c, tokens = mixer.config, x.shape[1]
+    if not (_is_kept(keys, x, c) and _is_kept(values, x, c) and start.is_contiguous()):
+        return None
     keys, values = keys.extended(tokens), values.extended(tokens)
-    read = keys.tensor, values.tensor
-    if not all(_is_kept(tensor, x, c) for tensor in read):
-        return None, state
     turns: Any = (None, None)
     if c.rope_base is not None:
         first, starts = keys.length - tokens, start.tolist()
@@ -192,8 +158,8 @@ def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory | No
         places = tuple([first - begin + t for begin in starts for t in range(tokens)])
         shape = len(starts), tokens
         turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
-    note_form("attention", "native")
-    return (*read, start, *turns), {"keys": keys, "values": values, "start": start}
+    after = {"keys": keys, "values": values, "start": start}
+    return (keys.tensor, values.tensor, start, *turns), after
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -205,43 +171,41 @@ def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
         return None
     if not (_is_plain(weight) and _is_plain(bias) and _is_untouched(head)):
         return None
-    return decoding.linear_step(features, weight, bias)
+    return decoding.linear_step(features, weight, _wide(bias))
 
 
 def _is_few(x: Tensor, most: int) -> bool:
     """Whether there are kernels for such tensors, and they are worth their while."""
-    if native is None or torch.is_grad_enabled() or not x.is_contiguous():
+    if native is None or torch.is_grad_enabled() or not needs_no_dispatcher(x, (x,)):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < x.shape[0] * x.shape[1] <= most:
+    if x.dtype not in KINDS or not 0 < x.shape[0] * x.shape[1] <= most or x.stride(-1) != 1:
         return False
-    return needs_no_dispatcher(x, (x,)) and not torch.is_autocast_enabled("cpu")
+    return not (torch.is_autocast_enabled("cpu") or _has_any_global_hook())
 
 
-def _norm(block: Block, x: Tensor, width: int, half: str) -> Any:
-    """Weight and epsilon of this half's norm; None if the kernels cannot compute all around its layers."""
+def _around(block: Block, x: Tensor, width: int, half: str) -> Any:
+    """What is around the layers of this half: weight and epsilon of its norm, and its shortcut; None for what kernels
+    do not compute."""
     parts: dict[str, Any] = block._modules
-    norm = parts.get(f"{half}_norm")
+    norm, part, shortcut = (parts.get(name) for name in (f"{half}_norm", half, f"{half}_shortcut"))
+    if block.residual != "pre" or parts.get(f"{half}_last_norm") is not None:
+        return None
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm.eps is None:
         return None
     weight = norm._parameters["weight"]
     if weight is None or weight.dtype != x.dtype or weight.shape != (width,):
         return None
-    if not _is_plain(weight):
+    if not (_is_plain(weight) and _is_untouched(norm) and _is_untouched(part)):
         return None
-    return (weight, norm.eps) if _is_untouched(norm) and _is_untouched(parts[half]) else None
-
-
-def _shortcut(block: Block, half: str) -> Any:
-    """The shortcut around this half as a layer, or `NOTHING`; None for one that the kernels do not take."""
-    if block._modules.get(f"{half}_shortcut") is None:
-        return decoding.NOTHING
-    layers = _layers(block, f"{half}_shortcut")
-    return layers and layers[0]
+    layers = (decoding.NOTHING,) if shortcut is None else _layers(block, f"{half}_shortcut")
+    return None if layers is None else (weight, norm.eps, layers[0])
 
 
 def _is_untouched(module: nn.Module) -> bool:
     """Whether nobody wants to be told when the module is called, or has put another function in its place."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own = module.__dict__
+    is_watched = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return not is_watched and "forward" not in own and "_compiled_call_impl" not in own
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
@@ -251,8 +215,11 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return type(tensor) in (Parameter, Tensor) and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _is_kept(tensor: Tensor, x: Tensor, config: Any) -> bool:
+def _is_kept(kept: Any, x: Tensor, config: Any) -> bool:
     """Whether keys or values of a state belong to the rows of x, in its dtype."""
+    if type(kept) is not Growing:
+        return False
+    tensor = kept.tensor
     if type(tensor) is not Tensor or not tensor.is_cpu or tensor.stride(-1) != 1:
         return False
     rows, _, *heads = tensor.shape
@@ -277,19 +244,14 @@ def _layers(part: nn.Module, *names: str) -> Any:
             weight, factors, group = held["codes"], held["factors"], module.group
         else:
             weight = held["weight"]
-        if kind is nn.Linear and weight.dtype not in (torch.float32, torch.bfloat16):
+        if kind is nn.Linear and weight.dtype not in KINDS:
             return None
         if not all(map(_is_plain, held.values())):
             return None
-        found.append((weight, held.get("scale"), held["bias"], factors, group))
+        found.append((weight, _wide(held.get("scale")), _wide(held["bias"]), factors, group))
     return tuple(found)
 
 
-def _forms(*layers: decoding.Layer) -> tuple[str, ...]:
-    """The operators that these layers stand for."""
-    found = {
-        "int8_matmul" if factors is None else "int4_matmul"
-        for weight, _, _, factors, _ in layers
-        if weight is not None and not weight.is_floating_point()
-    }
-    return tuple(sorted(found))
+def _wide(numbers: Tensor | None) -> Tensor | None:
+    """Factors or a bias in a dtype that kernels read."""
+    return numbers if numbers is None or numbers.dtype in KINDS else numbers.float()

@@ -1,4 +1,4 @@
-"""Memory made visible: what nobody wrote, and what lies beside what somebody may read or write."""
+"""Memory made visible: what nobody wrote, what lies beside what somebody may use, and what is made by default."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def poisoned_memory() -> Iterator[None]:
 
     with _changed_makers(poison):
         yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, what is made without a dtype has this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

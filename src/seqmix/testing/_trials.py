@@ -16,6 +16,7 @@ from seqmix.core.numerics import assert_as_accurate, assert_equal_within
 from seqmix.ops._operator import Case, Operator
 from seqmix.testing import _axes as ax
 from seqmix.testing._axes import Inputs, Values
+from seqmix.testing._memory import default_dtype
 
 EXACT = 1e-9  # two ways to compute one thing in float64, relative to the largest entry (and to one)
 EXACT_FLOAT32 = 2e-5  # the same for forms that take only float32
@@ -101,12 +102,18 @@ def by_form(
     *,
     extreme: bool = False,
     place: Callable[[Tensor], Tensor] = torch.clone,
+    default: torch.dtype = torch.float32,
 ) -> tuple[Values, Values]:
     inputs = ax.draw(operator, case, extreme=extreme, dtype=dtype)
+
+    def call(inputs: Inputs) -> Values:
+        with default_dtype(default):
+            return ax.call(operator, form, inputs)
+
     if form in operator.forms and not operator.forms[form].trains:
         placed = ax.replace_tensors(operator, inputs, lambda _, x: place(x))
-        return ax.call(operator, form, placed), {}
-    return ax.differentiate(operator, inputs, lambda i: ax.call(operator, form, i), place=place)
+        return call(placed), {}
+    return ax.differentiate(operator, inputs, call, place=place)
 
 
 def agree(operator: Operator, form: str, case: Case, *, extreme: bool = False) -> None:

@@ -260,10 +260,11 @@ def arguments_are_left_alone(operator: Operator, form: str, case: Case) -> None:
 
 @law()
 def repeated_calls_are_equal(operator: Operator, form: str, case: Case) -> None:
-    """The same arguments give the same bits, forward and backward."""
+    """The same arguments give the same bits, forward and backward, whatever dtype is the default."""
     case = runnable(operator, form, case)
-    first, second = (by_form(operator, form, case, torch.float32) for _ in range(2))
-    same_bits(first, second, "in a second call")
+    first = by_form(operator, form, case, torch.float32)
+    second = by_form(operator, form, case, torch.float32, default=torch.bfloat16)
+    same_bits(first, second, "in a second call, with another default dtype,")
 
 
 @law("kernels")
