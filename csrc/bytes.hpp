@@ -3,10 +3,6 @@
 
 #include "vector.hpp"
 
-#if defined(__SSE4_1__)
-#include <immintrin.h>
-#endif
-
 namespace seqmix {
 
 constexpr int64_t LINE = 64, AHEAD = 32768;  // bytes of a line of cache, and how far ahead weights are fetched
