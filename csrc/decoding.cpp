@@ -109,11 +109,8 @@ Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     return {weight, scale, bias, {}};
 }
 
-// The weights of half a block from Python: the norm's and its epsilon; the layers that read, of attention for queries,
-// keys and values, of a gated unit the gate and what it multiplies; the last layer; the shortcut or none; the width of a
-// head, 0 of a gated unit; the scale of attention.
-using Given = std::tuple<Tensor, double, std::vector<Layer>, Layer, Layer, int64_t, double>;
-
+// Half a block: layers that read, of attention for queries, keys and values, of a gated unit the gate and what it
+// multiplies; the last layer; the shortcut or none; the width of a head, 0 of a gated unit.
 struct Half {
     Tensor norm;
     float eps;
@@ -122,12 +119,9 @@ struct Half {
     int64_t head_width;
     float scale;
 
-    explicit Half(const Given& given)
-        : norm(std::get<0>(given)), eps(float(std::get<1>(given))), head_width(std::get<5>(given)),
-          scale(float(std::get<6>(given))) {
-        const auto& layers = std::get<2>(given);
-        const auto& last = std::get<3>(given);
-        const auto& around = std::get<4>(given);
+    Half(Tensor norm, double eps, const std::vector<Layer>& layers, const Layer& last, const Layer& around,
+         int64_t head_width, double scale)
+        : norm(norm), eps(float(eps)), head_width(head_width), scale(float(scale)) {
         require(norm.axes == 1, "decoding: the norm is [D]");
         require(layers.size() == (is_attention() ? 3 : 2), "decoding: attention reads three layers, a gated unit two");
         for (const Layer& layer : layers) read.push_back(linear_of(layer, inputs(), outputs_of(layer)));
@@ -307,16 +301,20 @@ struct GatedStep {
     }
 };
 
-// What attention reads and writes beside its weights: keys, values, start, cosines, sines.
-using Memory = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// What attention reads and writes beside its weights: keys and values [B, room for more than S, G, K], S, start, cosines,
+// sines.
+using Memory = std::tuple<Tensor, Tensor, int64_t, Tensor, Tensor, Tensor>;
 
 AttentionStep attention_step(const Half& half, const Memory& memory, const Tensor& x, int threads) {
-    const auto& [keys, values, start, cosines, sines] = memory;
-    const int64_t batch = keys.size(0), length = keys.size(1), all = x.size(0);
+    auto [keys, values, length, start, cosines, sines] = memory;
+    const int64_t batch = keys.size(0), all = x.size(0);
     require(keys.axes == 4 && batch > 0 && all % batch == 0 && all / batch <= length, "decoding: rows do not fit");
     require(keys.size(3) == half.head_width && keys.size(2) * half.head_width == half.shared(),
             "decoding: heads do not fit");
+    require(values.axes == 4 && length <= keys.size(1) && length <= values.size(1), "decoding: there are fewer keys");
+    keys.sizes[1] = values.sizes[1] = length;
     require_shape(values, "decoding: keys and values differ", {batch, length, keys.size(2), keys.size(3)});
+    require(keys.stride(3) == 1 && values.stride(3) == 1, "decoding: keys and values are without gaps");
     require(keys.dtype == x.dtype && values.dtype == x.dtype, "decoding: keys and values are in the dtype of x");
     require_shape(start, "decoding: `start` is [B]", {batch});
     require(start.dtype == Dtype::int64 && (batch == 1 || start.stride(0) == 1), "decoding: `start` is int64, without gaps");
@@ -335,20 +333,18 @@ AttentionStep attention_step(const Half& half, const Memory& memory, const Tenso
 // x [tokens, D] through one half after the other to y; what is between them is in y as well.
 struct Call {
     Tensor x;
-    std::vector<std::pair<Half, Memory>> halves;
+    std::vector<std::pair<const Half*, Memory>> halves;
     int threads;
     int64_t floats = 0, widest = 0, width;  // of the workspace, and outputs
 
-    Call(Tensor x, const std::vector<std::pair<Given, Memory>>& given, int threads)
-        : x(x), threads(threads), width(x.size(1)) {
+    Call(Tensor x, const std::vector<std::pair<const Half*, Memory>>& halves, int threads)
+        : x(x), halves(halves), threads(threads), width(x.size(1)) {
         require(x.axes == 2 && x.size(0) > 0, "decoding: there is a token");
-        halves.reserve(given.size());
-        for (const auto& [weights, memory] : given) {
-            const Half& half = halves.emplace_back(Half(weights), memory).first;
-            require(half.inputs() == width && half.norm.dtype == x.dtype, "decoding: the norm does not fit");
-            width = half.outputs();
+        for (const auto& [half, memory] : halves) {
+            require(half->inputs() == width && half->norm.dtype == x.dtype, "decoding: the norm does not fit");
+            width = half->outputs();
             widest = width > widest ? width : widest;
-            with_step(half, memory, [&](const auto& step) { floats = step.floats() > floats ? step.floats() : floats; });
+            with_step(*half, memory, [&](const auto& step) { floats = step.floats() > floats ? step.floats() : floats; });
         }
     }
 
@@ -372,8 +368,8 @@ private:
         for (const auto& [half, memory] : halves) {
             Tensor to = y;
             to.axes = 2;
-            to.sizes[0] = x.size(0), to.sizes[1] = to.strides[0] = half.outputs(), to.strides[1] = 1;
-            with_step(half, memory, [&](const auto& step) { step.template run<T>(from, to, workspace); });
+            to.sizes[0] = x.size(0), to.sizes[1] = to.strides[0] = half->outputs(), to.strides[1] = 1;
+            with_step(*half, memory, [&](const auto& step) { step.template run<T>(from, to, workspace); });
             from = to;
         }
     }
@@ -382,9 +378,14 @@ private:
 }  // namespace
 
 SEQMIX_BINDINGS(module) {
-    // It has addresses only, so what it is of lives as long.
+    // They have addresses only, so what these are of lives as long.
+    nb::class_<Half>(module, "Half")
+        .def(nb::init<Tensor, double, const std::vector<Layer>&, const Layer&, const Layer&, int64_t, double>(), "norm"_a,
+             "eps"_a, "read"_a, "output"_a, "shortcut"_a, "head_width"_a, "scale"_a, nb::keep_alive<1, 2>(),
+             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
+        .def_prop_ro("outputs", &Half::outputs);
     nb::class_<Call>(module, "Call")
-        .def(nb::init<Tensor, const std::vector<std::pair<Given, Memory>>&, int>(), "x"_a, "halves"_a, "threads"_a,
+        .def(nb::init<Tensor, const std::vector<std::pair<const Half*, Memory>>&, int>(), "x"_a, "halves"_a, "threads"_a,
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def_ro("floats", &Call::floats)
         .def_ro("widest", &Call::widest)

@@ -12,6 +12,7 @@ from small_decoder import build, decode, tokens
 from seqmix.kernels import missing
 from seqmix.linears import replace_layer
 from seqmix.linears.int8 import Int8
+from seqmix.models._decoding import KnownBlocks
 from seqmix.models.backbone import Block
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -116,6 +117,68 @@ def test_a_model_that_was_changed_between_two_tokens_is_read_as_it_is_now(change
     assert not torch.allclose(got, before, rtol=1e-4, atol=1e-5)
 
 
+def _read(model, ids, state, known):
+    backbone = model.backbone
+    return backbone(model.embedding(ids), state, known=known)
+
+
+def test_known_blocks_are_read_as_they_were_but_for_their_values(compiled_calls):
+    model, ids = build("2x[attention(bias=true)]"), tokens(1, 82)
+    layer, known = model.backbone.blocks[0].mixer.query, KnownBlocks()
+    with torch.inference_mode():
+        _, state = model(ids[:, :80])
+        before = _read(model, ids[:, 80:81], state, None)[0]
+        assert torch.equal(_read(model, ids[:, 80:81], state, known)[0], before)
+        layer.weight.data.mul_(2.0)
+        wanted = _read(model, ids[:, 80:81], state, None)[0]
+        assert not torch.equal(wanted, before)
+        assert torch.equal(_read(model, ids[:, 80:81], state, known)[0], wanted)
+        _change_much(model)
+        assert torch.equal(_read(model, ids[:, 80:81], state, known)[0], wanted)
+        assert not torch.equal(_read(model, ids[:, 80:81], state, KnownBlocks())[0], wanted)
+    assert compiled_calls
+
+
+def _change_much(model):
+    """Everything gets another tensor, and what was in the old one is nobody's any more."""
+    for parameter in model.backbone.blocks.parameters():
+        old, parameter.data = parameter.data, torch.full_like(parameter, 0.1)
+        del old
+    model.backbone.blocks[1].mixer_norm.eps = 10.0
+
+
+def test_known_blocks_are_known_by_the_dtype_of_what_they_read(compiled_calls):
+    model, ids, known = build("2x[attention]"), tokens(1, 82), KnownBlocks()
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        compiled_calls.clear()
+        with torch.inference_mode():
+            _, state = model(ids[:, :80])
+            for _ in range(2):
+                got = _read(model, ids[:, 80:81], state, known)[0]
+            wanted = _read(model, ids[:, 80:81], state, None)[0]
+        assert compiled_calls.count("attention") == 2 * 3
+        assert torch.equal(got, wanted)
+
+
+def test_known_blocks_that_kernels_do_not_compute_are_called(compiled_calls):
+    model, ids, known = (
+        build("[attention, gated_linear_attention, attention]"),
+        tokens(1, 90),
+        KnownBlocks(),
+    )
+    whole = model(ids)[0]
+    with torch.inference_mode():
+        features, state = _read(model, ids[:, :80], None, known)
+        found = [features]
+        for place in range(80, 90):
+            features, state = _read(model, ids[:, place : place + 1], state, known)
+            found.append(features)
+        logits = model.logits(torch.cat(found, dim=1))
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+    assert compiled_calls.count("attention") == 2 * 10
+
+
 def test_a_model_that_decoded_can_be_copied_stored_and_forgotten():
     model, ids = build("2x[attention]"), tokens(1, 82)
     wanted = decode(model, ids, 80, (1, 1))[0]
@@ -126,8 +189,11 @@ def test_a_model_that_decoded_can_be_copied_stored_and_forgotten():
     replace_layer(model, "backbone.blocks.0.mixer.key", Int8.of(parts.key))
     assert exchanged() is None
     parts.value.register_forward_hook(lambda *given, held=model: None)
-    kept = weakref.ref(parts.query.weight)
-    del model, parts
+    kept, known = weakref.ref(parts.query.weight), KnownBlocks()
+    with torch.inference_mode():
+        state = _read(model, ids[:, :80], None, known)[1]
+        _read(model, ids[:, 80:81], state, known)
+    del model, parts, known
     gc.collect()
     assert kept() is None
 

@@ -122,7 +122,7 @@ class Watched(SeqmixReader):
     """Notes how many tokens of how many texts each call reads."""
 
     def __init__(self, reader):
-        self.model, self.vocabulary, self.calls = reader.model, reader.vocabulary, []
+        vars(self).update(vars(reader), calls=[])
 
     def read(self, texts, state):
         self.calls.append([len(text) for text in texts])

@@ -66,6 +66,11 @@ class Growing:
         return self._storage.data[:, : self._length]
 
     @property
+    def room(self) -> Tensor:
+        """The contents `[B, S, ...]` and, behind them, what there is room for."""
+        return self._storage.data
+
+    @property
     def length(self) -> int:
         return self._length
 

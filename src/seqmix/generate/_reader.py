@@ -18,6 +18,7 @@ from torch import Tensor, cat, tensor
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, select_rows
 from seqmix.core.tree import Tree
+from seqmix.models._decoding import KnownBlocks
 from seqmix.models.hf import SeqmixForCausalLM
 
 if TYPE_CHECKING:
@@ -69,14 +70,16 @@ def reader_of(model: PreTrainedModel | Reader) -> Reader:
 
 
 class _Own(Reader):
-    """A model of seqmix, whose states are values already."""
+    """A model of seqmix, whose states are values already. Its blocks are looked at once, so each call makes one."""
 
     def __init__(self, model: SeqmixForCausalLM) -> None:
+        self.known = KnownBlocks()
         self.inside = model.model
 
     def read(self, ids: Tensor, state: State = None, *, keep: int = 1) -> Reading:
         ids = ids.to(self.inside.embedding.weight.device)
-        features, state = self.inside.backbone(self.inside.embedding(ids), state)
+        embedded = self.inside.embedding(ids)
+        features, state = self.inside.backbone(embedded, state, known=self.known)
         return Reading(self.inside.logits(features[:, -keep:]), features, state)
 
     def read_tree(self, ids: Tensor, state: State, tree: Tree) -> Reading:

@@ -9,7 +9,6 @@ heads, K head width, R channels that turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,41 +17,62 @@ from seqmix.kernels._custom import float_workspace
 from seqmix.kernels._native import native
 
 Layer = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
-Memory = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Memory = tuple[Tensor | None, Tensor | None, int, Tensor | None, Tensor | None, Tensor | None]
 NOTHING: Layer = (None, None, None, None, 0)
-NO_MEMORY: Memory = (None, None, None, None, None)
+NO_MEMORY: Memory = (None, None, 0, None, None, None)
 
 
-class Half(NamedTuple):
+class Half:
     """Half a block, n = x / sqrt(mean(x^2) + eps) * norm.
 
     Attention: y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n).
     A gated unit, whose `head_width` is 0: y = S x + W_o (silu(W_g n) * W_u n).
+
+    Args:
+        norm: [D], in the dtype of x.
+        eps: of the norm.
+        read: W_q [H K, D], W_k and W_v [G K, D]; or W_g and W_u [F, D].
+        output: W_o [E, H K] or [E, F].
+        shortcut: S [E, D], or nothing where y is x + ...
+        head_width: K.
+        scale: of the products of queries and keys.
+
+    It reads its weights where they lie now; `outputs` is E, and `forms` are the operators that it stands for. Raises
+    `ValueError` where they do not fit together.
     """
 
-    norm: Tensor  # [D], in the dtype of x
-    eps: float
-    read: Sequence[Layer]  # W_q [H K, D], W_k and W_v [G K, D]; or W_g and W_u [F, D]
-    output: Layer  # W_o [E, H K] or [E, F]
-    shortcut: Layer = NOTHING  # S [E, D], or nothing where y is x + ...
-    head_width: int = 0  # K
-    scale: float = 1.0  # of the products of queries and keys
-
-    @property
-    def outputs(self) -> int:
-        """E."""
-        weight = self.output[0]
-        assert weight is not None
-        return weight.shape[0]
-
-    @property
-    def forms(self) -> set[str]:
-        """The operators that its layers of few bits stand for."""
-        return {
+    def __init__(
+        self,
+        norm: Tensor,
+        eps: float,
+        read: Sequence[Layer],
+        output: Layer,
+        shortcut: Layer = NOTHING,
+        head_width: int = 0,
+        scale: float = 1.0,
+    ) -> None:
+        self._given = norm, eps, read, output, shortcut, head_width, scale
+        self.native = native.Half(*self._given)
+        self.outputs: int = self.native.outputs
+        self.forms = frozenset(
             "int8_matmul" if factors is None else "int4_matmul"
-            for weight, _, _, factors, _ in (*self.read, self.output, self.shortcut)
+            for weight, _, _, factors, _ in (*read, output, shortcut)
             if weight is not None and not weight.is_floating_point()
-        }
+        ) | ({"attention"} if head_width else set())
+
+    def holding(self) -> Half:
+        """The same, whose weights stay in memory even if the tensors that they are in get other ones."""
+        norm, eps, read, output, shortcut, head_width, scale = self._given
+        layers = [_alias(layer) for layer in read]
+        return Half(norm.detach(), eps, layers, _alias(output), _alias(shortcut), head_width, scale)
+
+
+def _alias(layer: Layer) -> Layer:
+    weight, scale, bias, factors, group = layer
+    weight, scale, bias, factors = (
+        x if x is None else x.detach() for x in (weight, scale, bias, factors)
+    )
+    return weight, scale, bias, factors, group
 
 
 def decode(x: Tensor, halves: Sequence[tuple[Half, Memory]]) -> Tensor:
@@ -60,15 +80,16 @@ def decode(x: Tensor, halves: Sequence[tuple[Half, Memory]]) -> Tensor:
 
     Args:
         x: in float32 or bfloat16.
-        halves: each with its memory: of attention the keys and values [B, S, G, K] in the dtype of x, whose last T are
-            written; the first key of each text, [B] int64; cosines and signed sines [1 or B, T, 1, R] in float32, or
-            None. A gated unit has `NO_MEMORY`.
+        halves: each with its memory: of attention the keys and values [B, S or more, G, K] in the dtype of x; S, of
+            which the last T are written; the first key of each text, [B] int64; cosines and signed sines
+            [1 or B, T, 1, R] in float32, or None. A gated unit has `NO_MEMORY`.
 
     Raises `ValueError` where they do not fit together.
     """
     x = x.contiguous()
     batch, tokens, width = x.shape
-    call = native.Call(x.view(-1, width), halves, torch.get_num_threads())
+    given = [(half.native, memory) for half, memory in halves]
+    call = native.Call(x.view(-1, width), given, torch.get_num_threads())
     y = x.new_empty(batch * tokens * call.widest)
     call.run(y, float_workspace(call.floats))
     return y[: batch * tokens * call.width].view(batch, tokens, -1)

@@ -7,7 +7,7 @@ a block is what the kernels of `seqmix.kernels.decoding` compute; any other goes
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,40 @@ KINDS = (torch.float32, torch.bfloat16)  # dtypes that they read
 MOST_HALVES = 4096  # the same of a channel mixer in bfloat16, which PyTorch multiplies slowly on most processors
 
 
+class _Halves(NamedTuple):
+    """What a block is for kernels: halves, either of which may be missing, and the mixer of the first."""
+
+    mixer: decoding.Half | None
+    attention: Any
+    channel: decoding.Half | None
+
+
+class KnownBlocks:
+    """Blocks as kernels read them, looked at once: for who reads with a model that nobody changes meanwhile.
+
+    Values of weights may change. Other modules, settings, hooks, or tensors in the place of weights are not seen: what
+    was there before is read, and stays in memory as long as this. Blocks that are not known are looked at for every
+    token, which takes a fifth of the time of a small model.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Block, torch.dtype], _Halves | None] = {}
+
+    def of(self, block: Block, x: Tensor, width: int) -> _Halves | None:
+        """As `_halves` finds it the first time."""
+        key = block, x.dtype
+        if key not in self._found:
+            found = _halves(block, x, width)
+            if found is not None:
+                mixer, channel = (
+                    None if half is None else half.holding()
+                    for half in (found.mixer, found.channel)
+                )
+                found = _Halves(mixer, found.attention, channel)
+            self._found[key] = found
+        return self._found[key]
+
+
 class _Call:
     """Halves that one compiled call computes, one after the other, for x [B, T, D]."""
 
@@ -41,22 +75,21 @@ class _Call:
         self.x = x
         self.width = x.shape[-1]
         self._halves: list[tuple[decoding.Half, decoding.Memory]] = []
+        self._forms: frozenset[str] = frozenset()
 
     def add(self, half: decoding.Half, memory: decoding.Memory = decoding.NO_MEMORY) -> None:
         self._halves.append((half, memory))
+        self._forms |= half.forms
         self.width = half.outputs
 
     def run(self) -> Tensor:
-        for half, _ in self._halves:
-            for form in half.forms:
-                note_form(form, "native")
-            if half.head_width:
-                note_form("attention", "native")
+        for form in self._forms:
+            note_form(form, "native")
         return decoding.decode(self.x, self._halves)
 
 
 def blocks_step(
-    blocks: Iterable[tuple[Block, State]], x: Tensor
+    blocks: Iterable[tuple[Block, State]], x: Tensor, known: KnownBlocks | None = None
 ) -> tuple[Tensor, list[State]] | None:
     """x [B, T, D] through as many whole blocks, from the first on, as kernels compute; each is given with its state.
 
@@ -65,26 +98,19 @@ def blocks_step(
     if not _is_few(x, MOST):
         return None
     call, after = _Call(x), []
+    find = _halves if known is None else known.of
     for block, state in blocks:
-        parts: dict[str, Any] = block._modules
-        has_mixer, has_channel = (parts.get(name) is not None for name in ("mixer", "channel"))
-        if not (has_mixer or has_channel) or not _is_untouched(block):
+        halves = find(block, x, call.width)
+        if halves is None:
             break
-        if has_mixer and state is None:
-            break
-        mixer = _mixer_half(block, x, call.width) if has_mixer else None
-        width = call.width if mixer is None else mixer.outputs
-        channel = _channel_half(block, x, width) if has_channel else None
-        if (mixer is None and has_mixer) or (channel is None and has_channel):
-            break
-        if mixer is not None:
-            memory = _memory(block, x, state)
+        if halves.mixer is not None:
+            memory = None if state is None else _memory(halves.attention, x, state)
             if memory is None:
                 break
-            call.add(mixer, memory[0])
+            call.add(halves.mixer, memory[0])
             state = memory[1]
-        if channel is not None:
-            call.add(channel)
+        if halves.channel is not None:
+            call.add(halves.channel)
         after.append(state)
     return (call.run(), after) if after else None
 
@@ -94,7 +120,7 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
     if state is None or not _is_few(x, MOST):
         return None
     half = _mixer_half(block, x, x.shape[-1])
-    memory = None if half is None else _memory(block, x, state)
+    memory = None if half is None else _memory(block._modules["mixer"], x, state)
     if half is None or memory is None:
         return None
     call = _Call(x)
@@ -111,6 +137,25 @@ def channel_step(block: Block, x: Tensor) -> Tensor | None:
     call = _Call(x)
     call.add(half)
     return call.run()
+
+
+def _halves(block: Block, x: Tensor, width: int) -> _Halves | None:
+    """The block for inputs like x but of this width; None where not all of it is computed by kernels."""
+    parts: dict[str, Any] = block._modules
+    if not _is_untouched(block):
+        return None
+    mixer = channel = attention = None
+    if parts.get("mixer") is not None:
+        attention = parts["mixer"]
+        mixer = _mixer_half(block, x, width)
+        if mixer is None:
+            return None
+        width = mixer.outputs
+    if parts.get("channel") is not None:
+        channel = _channel_half(block, x, width)
+        if channel is None:
+            return None
+    return None if mixer is channel else _Halves(mixer, attention, channel)
 
 
 def _mixer_half(block: Block, x: Tensor, width: int) -> decoding.Half | None:
@@ -142,11 +187,10 @@ def _channel_half(block: Block, x: Tensor, width: int) -> decoding.Half | None:
     return decoding.Half(norm, eps, layers[:-1], layers[-1], shortcut)
 
 
-def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory, State] | None:
+def _memory(attention: Any, x: Tensor, state: State) -> tuple[decoding.Memory, State] | None:
     """What attention reads and writes beside its weights, and the state after; None for a state that does not fit x."""
-    mixer: Any = block._modules["mixer"]
     keys, values, start = state["keys"], state["values"], state["start"]
-    c, tokens = mixer.config, x.shape[1]
+    c, tokens = attention.config, x.shape[1]
     if not (_is_kept(keys, x, c) and _is_kept(values, x, c) and start.is_contiguous()):
         return None
     keys, values = keys.extended(tokens), values.extended(tokens)
@@ -157,9 +201,11 @@ def _memory(block: Block, x: Tensor, state: State) -> tuple[decoding.Memory, Sta
             del starts[1:]
         places = tuple([first - begin + t for begin in starts for t in range(tokens)])
         shape = len(starts), tokens
-        turns = turns_of_few(places, shape, c.rope_base, c.turning, mixer.stretch, torch.float32)
+        turns = turns_of_few(
+            places, shape, c.rope_base, c.turning, attention.stretch, torch.float32
+        )
     after = {"keys": keys, "values": values, "start": start}
-    return (keys.tensor, values.tensor, start, *turns), after
+    return (keys.room, values.room, keys.length, start, *turns), after
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -219,12 +265,15 @@ def _is_kept(kept: Any, x: Tensor, config: Any) -> bool:
     """Whether keys or values of a state belong to the rows of x, in its dtype."""
     if type(kept) is not Growing:
         return False
-    tensor = kept.tensor
+    tensor = kept.room
     if type(tensor) is not Tensor or not tensor.is_cpu or tensor.stride(-1) != 1:
         return False
-    rows, _, *heads = tensor.shape
+    rows, _, groups, width = tensor.shape
     return (
-        tensor.dtype == x.dtype and rows == len(x) and heads == [config.groups, config.head_width]
+        tensor.dtype == x.dtype
+        and rows == x.shape[0]
+        and groups == config.groups
+        and width == config.head_width
     )
 
 

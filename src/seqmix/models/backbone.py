@@ -30,7 +30,7 @@ from seqmix.layers.norm import NORMS
 from seqmix.layers.positions import LearnedPositions
 from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
-from seqmix.models._decoding import blocks_step, channel_step, head_step, mixer_step
+from seqmix.models._decoding import KnownBlocks, blocks_step, channel_step, head_step, mixer_step
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
 RESIDUALS = ("pre", "parallel", "sandwich", "post")
@@ -251,11 +251,13 @@ class Backbone(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         tree: Tree | None = None,
+        known: KnownBlocks | None = None,
     ) -> tuple[Tensor, State]:
         """x [B, T, D] (or [1, total, D] with `cu_seqlens`) and the state, to features and the state after x.
 
         A state is a list with an entry per block, after one for learned positions where there are any. With a tree, the
-        last tokens are its nodes and the state is the one before them, as in `Mixer.read_tree`.
+        last tokens are its nodes and the state is the one before them, as in `Mixer.read_tree`. Who decodes with
+        `known` promises that no block is changed meanwhile.
         """
         states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
         place = None if self.positions is None else states.pop(0)
@@ -264,7 +266,7 @@ class Backbone(nn.Module):
         while left:
             few = None
             if cu_seqlens is None and tree is None:
-                few = blocks_step(takewhile(_is_block, left), x)
+                few = blocks_step(takewhile(_is_block, left), x, known)
             if few is None:
                 x, state = self._through(*left[0], x, cu_seqlens=cu_seqlens, tree=tree)
                 new = [state]

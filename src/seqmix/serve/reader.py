@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqmix.core.state import State, concatenate_rows, select_rows
+from seqmix.models._decoding import KnownBlocks
 from seqmix.models.hf import SeqmixForCausalLM
 
 Texts = Sequence[Sequence[int]]
@@ -37,9 +38,13 @@ class Reader(Protocol):
 
 
 class SeqmixReader:
-    """A model of this package. Texts of several lengths are read as one, packed; in a state they end together."""
+    """A model of this package. Texts of several lengths are read as one, packed; in a state they end together.
+
+    Its blocks are looked at once: after a change to the model that is more than other values of weights, make another.
+    """
 
     def __init__(self, model: SeqmixForCausalLM) -> None:
+        self.known = KnownBlocks()
         self.model = model.eval().model
         self.vocabulary = self.model.spec.vocabulary
 
@@ -48,7 +53,9 @@ class SeqmixReader:
         lengths = [len(text) for text in texts]
         if len({*lengths}) == 1:
             ids = torch.tensor(texts)
-            features, state = self.model.backbone(self.model.embedding(ids), state)
+            features, state = self.model.backbone(
+                self.model.embedding(ids), state, known=self.known
+            )
             return self.model.logits(features[:, -1:])[:, 0], state
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         packed = self.model.embedding(torch.tensor([[*chain.from_iterable(texts)]]))
