@@ -5,7 +5,7 @@
 
 namespace seqmix {
 
-constexpr int64_t LINE = 64, AHEAD = 32768;  // bytes of a line of cache, and how far ahead weights are fetched
+constexpr int64_t LINE = 64, AHEAD = 4096;  // bytes of a line of cache, and how far ahead weights are fetched
 
 typedef int8_t FewBytes __attribute__((vector_size(WIDTH)));
 

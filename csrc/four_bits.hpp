@@ -68,7 +68,7 @@ struct FourBits {
     void expand_groups(const uint8_t* code, const uint8_t* factor, int8_t* to) const {
         for (int64_t g = 0; g < inputs / group; ++g) {
             const int8_t* of_factor = code_products.at[half_byte(factor, g)];
-            __builtin_prefetch(code + g * group / 2 + AHEAD / 2);
+            __builtin_prefetch(code + g * group / 2 + AHEAD);
             for (int64_t i = g * group; i < (g + 1) * group; i += 2 * bytes)
                 expand<bytes>(code + i / 2, of_factor, to + i);
         }

@@ -92,38 +92,34 @@ inline Vector load_some_numbers(const Number* from, int64_t count) {
     return load_numbers(some);
 }
 
-// sums[t][first + i] = lane by lane, the products of row i of the weight with token t. Rows are `inputs` apart, tokens
-// `stride`. What comes later is fetched ahead, for rows are too short for a processor to foresee where they lead.
-template <int rows, int tokens, class Number>
-inline void lane_sums(const Number* weight, int64_t inputs, const float* x, int64_t stride, Vector (*sums)[WIDTH],
-                      int64_t first) {
-    constexpr int64_t IN_LINE = LINE / sizeof(Number), NEXT = AHEAD / sizeof(Number);
-    const int64_t ahead = rows * inputs < NEXT ? NEXT : rows * inputs;
-    Vector total[rows][tokens] = {};
-    auto add = [&](int64_t input, auto read) {
-        Vector line[tokens];
-        for (int t = 0; t < tokens; ++t) line[t] = load(x + t * stride + input);
-        for (int i = 0; i < rows; ++i) {
-            Vector factor = read(weight + i * inputs + input);
-            for (int t = 0; t < tokens; ++t) total[i][t] += factor * line[t];
-        }
+// sums[t][place] = lane by lane, the products of a row of the weight with token t. Whoever reads one row after the other
+// from its first number to its last reads memory the fastest. A page ahead is fetched, for processors foresee nothing
+// beyond the end of one.
+template <int tokens, class Number>
+inline void lane_sums(const Number* row, int64_t inputs, const float* x, int64_t stride, Vector (*sums)[WIDTH],
+                      int64_t place) {
+    constexpr int64_t IN_LINE = LINE / sizeof(Number), BOTH = 2 * WIDTH;
+    Vector total[2][tokens] = {};  // which do not wait for each other
+    auto add = [&](int part, int64_t input, Vector factor) {
+        for (int t = 0; t < tokens; ++t) total[part][t] += factor * load(x + t * stride + input);
     };
     int64_t input = 0;
-    auto whole = [](const Number* from) { return load_numbers(from); };
-    for (; input + IN_LINE <= inputs; input += IN_LINE) {
-        for (int i = 0; i < rows; ++i) __builtin_prefetch(weight + i * inputs + input + ahead, 0, 2);
-        for (int64_t i = 0; i < IN_LINE; i += WIDTH) add(input + i, whole);
+    for (; input + BOTH <= inputs; input += BOTH) {
+        if (BOTH >= IN_LINE || input % IN_LINE == 0) __builtin_prefetch(row + input + AHEAD / sizeof(Number));
+        if (BOTH > IN_LINE) __builtin_prefetch(row + input + IN_LINE + AHEAD / sizeof(Number));
+        add(0, input, load_numbers(row + input));
+        add(1, input + WIDTH, load_numbers(row + input + WIDTH));
     }
-    for (; input + WIDTH <= inputs; input += WIDTH) add(input, whole);
-    if (input < inputs) add(input, [&](const Number* from) { return load_some_numbers(from, inputs - input); });
-    for (int i = 0; i < rows; ++i)
-        for (int t = 0; t < tokens; ++t) sums[t][first + i] = total[i][t];
+    for (; input + WIDTH <= inputs; input += WIDTH) add(0, input, load_numbers(row + input));
+    if (input < inputs) add(0, input, load_some_numbers(row + input, inputs - input));
+    for (int t = 0; t < tokens; ++t) sums[t][place] = total[0][t] + total[1][t];
 }
 
-// The same where rows are codes of 4 bits, from output number `output` on, for tokens number `token` on of x.
+// The same of so many rows of codes of 4 bits, from output number `output` on, for tokens number `token` on of x. Their
+// sums begin anew with every group, so several of them are needed to be busy.
 template <int rows, int tokens>
 inline void lane_sums(const FourBits& bits, int64_t output, const SplitTokens& x, int64_t token, Vector (*sums)[WIDTH],
-                      int64_t first) {
+                      int64_t place) {
     const uint8_t *codes[rows], *factors[rows];
     for (int i = 0; i < rows; ++i) {
         codes[i] = bits.codes.as<uint8_t>() + (output + i) * bits.codes.size(1);
@@ -138,7 +134,7 @@ inline void lane_sums(const FourBits& bits, int64_t output, const SplitTokens& x
         }
         for (const int64_t end = byte + bits.group / 2; byte < end; byte += WIDTH) {
             if (byte % LINE < WIDTH)
-                for (int i = 0; i < rows; ++i) __builtin_prefetch(codes[i] + byte + AHEAD / 2);
+                for (int i = 0; i < rows; ++i) __builtin_prefetch(codes[i] + byte + AHEAD);
             Vector even[tokens], odd[tokens];
             for (int t = 0; t < tokens; ++t) {
                 even[t] = load(x.row_of(token + t) + 2 * byte);
@@ -158,12 +154,15 @@ inline void lane_sums(const FourBits& bits, int64_t output, const SplitTokens& x
         }
     }
     for (int i = 0; i < rows; ++i)
-        for (int t = 0; t < tokens; ++t) sums[t][first + i] = total[i][t];
+        for (int t = 0; t < tokens; ++t) sums[t][place + i] = total[i][t];
 }
 
-// Rows of a weight, for the sums of few tokens x: numbers of `inputs`, or codes from number `output` on.
+// Rows of a weight, for the sums of few tokens x: numbers of `inputs`, or codes from number `output` on. So many rows
+// are read together for so many tokens.
 template <class Number>
 struct NumberRows {
+    template <int tokens>
+    static constexpr int rows = 1;
     const Number* weight;
     int64_t inputs;
     const float* x;
@@ -171,11 +170,13 @@ struct NumberRows {
 
     template <int rows, int tokens>
     void add(int64_t i, int64_t token, Vector (*sums)[WIDTH]) const {
-        lane_sums<rows, tokens>(weight + i * inputs, inputs, x + token * stride, stride, sums, i);
+        lane_sums<tokens>(weight + i * inputs, inputs, x + token * stride, stride, sums, i);
     }
 };
 
 struct CodeRows {
+    template <int tokens>
+    static constexpr int rows = tokens == 4 && BLOCK_VECTORS == 2 ? 2 : 4;  // as there are registers for
     const FourBits& bits;
     int64_t output;
     const SplitTokens& x;
@@ -191,7 +192,7 @@ struct CodeRows {
 template <int tokens, class Weight, class Put>
 inline void few_results(const Linear& layer, const Weight& weight, int64_t first, int64_t count, int64_t token,
                         const Put& put) {
-    constexpr int rows = tokens == 4 && BLOCK_VECTORS == 2 ? 2 : 4;  // as many sums as there are registers for
+    constexpr int rows = Weight::template rows<tokens>;
     Vector sums[tokens][WIDTH] = {};
     int64_t i = 0;
     for (; i + rows <= count; i += rows) weight.template add<rows, tokens>(i, token, sums);
@@ -347,7 +348,7 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
                     using Number = std::remove_cv_t<std::remove_pointer_t<decltype(weight)>>;
                     if (few && !layer.codes && strip == strips * share / shares)  // nobody has fetched these ahead
                         for (int64_t byte = LINE; byte < AHEAD; byte += LINE)
-                            __builtin_prefetch(reinterpret_cast<const char*>(weight) + byte, 0, 2);
+                            __builtin_prefetch(reinterpret_cast<const char*>(weight) + byte);
                     if (few) put_few(NumberRows<Number>{weight, inputs, x, stride}, first, count);
                     else strip_results(layer, weight, first, count, x + begin * stride, stride, begin, here,
                                        space.turned(thread), to);
