@@ -106,6 +106,8 @@ Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     }
     require_shape(weight, "decoding: a weight does not fit", {outputs, inputs});
     require(weight.stride(1) == 1 && weight.stride(0) == inputs, "decoding: a weight has gaps");
+    require(weight.dtype == Dtype::float32 || weight.dtype == Dtype::bfloat16 || weight.dtype == Dtype::int8,
+            "decoding: a weight is in float32, bfloat16 or int8");
     return {weight, scale, bias, {}};
 }
 
@@ -122,7 +124,7 @@ struct Half {
     Half(Tensor norm, double eps, const std::vector<Layer>& layers, const Layer& last, const Layer& around,
          int64_t head_width, double scale)
         : norm(norm), eps(float(eps)), head_width(head_width), scale(float(scale)) {
-        require(norm.axes == 1, "decoding: the norm is [D]");
+        require(norm.axes == 1 && norm.stride(0) == 1, "decoding: the norm is [D], without gaps");
         require(layers.size() == (is_attention() ? 3 : 2), "decoding: attention reads three layers, a gated unit two");
         for (const Layer& layer : layers) read.push_back(linear_of(layer, inputs(), outputs_of(layer)));
         require(read[read.size() - 1].outputs() == read[read.size() - 2].outputs(), "decoding: layers do not fit");
@@ -318,6 +320,9 @@ AttentionStep attention_step(const Half& half, const Memory& memory, const Tenso
     require(keys.dtype == x.dtype && values.dtype == x.dtype, "decoding: keys and values are in the dtype of x");
     require_shape(start, "decoding: `start` is [B]", {batch});
     require(start.dtype == Dtype::int64 && (batch == 1 || start.stride(0) == 1), "decoding: `start` is int64, without gaps");
+    for (int64_t row = 0; row < batch; ++row)
+        require(0 <= start.as<int64_t>()[row] && start.as<int64_t>()[row] <= length - all / batch,
+                "decoding: a row starts among its keys");
     require(bool(cosines) == bool(sines), "decoding: cosines go with sines");
     if (cosines) {
         require(cosines.axes == 4 && (cosines.size(0) == 1 || cosines.size(0) == batch) && cosines.size(3) <= half.head_width,
@@ -394,6 +399,7 @@ SEQMIX_BINDINGS(module) {
     module.def(
         "linear_step",
         [](Tensor x, Tensor weight, Tensor bias, Tensor y, Tensor room, int threads) {
+            require_of_outputs(bias, weight.size(0));
             multiply_weight(x, {weight, {}, bias, {}}, y, room, threads);
         },
         "x"_a, "weight"_a, "bias"_a.none(), "y"_a, "room"_a, "threads"_a, WithoutGil());

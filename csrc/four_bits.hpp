@@ -2,8 +2,8 @@
 //
 // m from 1 to 15 and q + 8 are kept two to a byte, the first in the low half. Few tokens are multiplied with the codes as
 // they are, for a group is a sum m (sum_i c_i x_i - 8 sum_i x_i), if their inputs are sorted as the halves of bytes
-// are; an infinite input gives NaN so. For more, the products m q fit into 8 bits, and there are 16 of them for a factor, which one instruction looks up:
-// a row becomes bytes in cache on its way.
+// are; an infinite input gives NaN so. For more, the products m q fit into 8 bits, and there are 16 of them for a factor,
+// which one instruction looks up: a row becomes bytes in cache on its way.
 #pragma once
 
 #include "bytes.hpp"
@@ -121,6 +121,10 @@ struct SplitTokens {
 inline void require_codes(const FourBits& bits) {
     const int64_t inputs = bits.inputs, group = bits.group, outputs = bits.outputs();
     require(group > 0 && inputs % group == 0, "int4_matmul: the group divides the inputs");
+    for (const Tensor* bytes : {&bits.codes, &bits.factors})
+        require(bytes->dtype == Dtype::uint8 && bytes->axes == 2 && (bytes->size(1) == 1 || bytes->stride(1) == 1) &&
+                    (outputs == 1 || bytes->stride(0) == bytes->size(1)),
+                "int4_matmul: codes and factors are uint8, without gaps");
     require_shape(bits.codes, "int4_matmul: the codes are [O, ceil(I / 2)]", {outputs, (inputs + 1) / 2});
     require_shape(bits.factors, "int4_matmul: the factors are [O, ceil(I / G / 2)]",
                   {outputs, (inputs / group + 1) / 2});

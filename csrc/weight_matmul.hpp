@@ -2,8 +2,9 @@
 // or whole numbers of 8 or 4 bits.
 //
 // For few tokens the time goes into reading W: its numbers become floats in registers and nowhere else (but for groups of
-// 4 bits that are no whole vectors, which become bytes first), the lanes of a vector are inputs, and the sums of a vector's outputs are turned together at the end. For more it goes into
-// products: a strip of W becomes floats in cache, turned, once for many tokens, and the lanes are outputs.
+// 4 bits that are not pairs of vectors, or others than those of a layer that reads the same tokens: they become bytes
+// first), the lanes of a vector are inputs, and the sums of a vector's outputs are turned together at the end. For more it
+// goes into products: a strip of W becomes floats in cache, turned, once for many tokens, and the lanes are outputs.
 #pragma once
 
 #include <type_traits>

@@ -10,6 +10,7 @@ from small_decoder import build, decode, tokens
 from seqmix.compress._quantizers import four_bits
 from seqmix.core.state import concatenate_rows, leaves
 from seqmix.kernels import decoding, missing
+from seqmix.layers.positions import turns_of_few
 from seqmix.linears import replace_layer
 from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
@@ -234,11 +235,67 @@ def test_a_state_of_other_rows_is_refused_and_left_as_it_was(compiled_calls):
         torch.testing.assert_close(model(ids[:1, 80:81], state)[0], wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["2x[attention]", "attention(head_width=20, key_heads=2)"])
+def test_what_there_is_room_for_behind_the_keys_is_neither_read_nor_written(layout):
+    model, ids = build(layout), tokens(3, 90)
+    with torch.inference_mode():
+        _, state = model(ids[:, :80])
+        _, state = model(ids[:, 80:81], state)
+        wanted = model(ids[:, 81:84], state)[0]
+        _, state = model(ids[:, :80])
+        _, state = model(ids[:, 80:81], state)
+        rooms = [part[name].room for part in state for name in ("keys", "values")]
+        for room in rooms:
+            assert room.shape[1] > 84
+            room[:, 81:] = torch.nan
+        got = model(ids[:, 81:84], state)[0]
+        assert torch.equal(got, wanted)
+        for room in rooms:
+            assert not room[:, :84].isnan().any()
+            assert room[:, 84:].isnan().all()
+
+
+def _half(**other):
+    layer = (torch.ones(8, 8), None, None, None, 0)
+    given = {"norm": torch.ones(8), "eps": 1e-6, "read": [layer] * 3, "output": layer, "head_width": 4}
+    return decoding.Half(**given | other)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        (torch.ones(8, 8, dtype=torch.uint8), None, None, None, 0),
+        (torch.ones(8, 9)[:, :8], None, None, None, 0),
+        (torch.ones(8, 4, dtype=torch.int8), torch.ones(8), None, torch.ones(8, 1).byte(), 8),
+        (torch.ones(8, 4).byte(), torch.ones(8), None, torch.ones(16, 1).byte()[::2], 8),
+        (torch.ones(8, 8), torch.ones(7), None, None, 0),
+        (torch.ones(8, 8), None, torch.ones(8).double(), None, 0),
+    ],
+)
+def test_layers_that_kernels_would_read_wrongly_are_refused(layer):
+    with pytest.raises((ValueError, TypeError)):
+        _half(output=layer)
+
+
+def test_norms_and_memories_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="gaps"):
+        _half(norm=torch.ones(16)[::2])
+    x, keys = torch.ones(1, 1, 8), torch.ones(1, 6, 2, 4)
+    for start in (-1, 6):
+        with pytest.raises(ValueError, match="starts among"):
+            decoding.decode(x, [(_half(), (keys, keys, 6, torch.tensor([start]), None, None))])
+    with pytest.raises(ValueError, match="fewer keys"):
+        decoding.decode(x, [(_half(), (keys, keys, 7, torch.tensor([0]), None, None))])
+    with pytest.raises(ValueError, match="factor or bias"):
+        decoding.linear_step(x, torch.ones(9, 8), torch.ones(8))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_is_no_matter(dtype):
     model, ids = build("2x[attention]"), tokens(3, 82)
     replace_layer(model, "backbone.blocks.0.mixer.key", Int8.of(model.backbone.blocks[0].mixer.key))
     wanted = decode(model, ids, 80, (1, 1))[0]
+    turns_of_few.cache_clear()
     with default_dtype(dtype):
         got = decode(model, ids, 80, (1, 1))[0]
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)

@@ -7,13 +7,19 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from small_decoder import build, decode, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqmix.generate._reader import reader_of
 from seqmix.kernels import missing
 from seqmix.linears import replace_layer
 from seqmix.linears.int8 import Int8
+from seqmix.models import _decoding
 from seqmix.models._decoding import KnownBlocks
 from seqmix.models.backbone import Block
+from seqmix.models.hf import create
+from seqmix.serve.reader import SeqmixReader
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -92,14 +98,20 @@ def _another_norm(model):
     model.backbone.blocks[0].channel_last_norm = torch.nn.RMSNorm(60)
 
 
-def _to_double(model):
-    model.backbone.blocks[0].mixer.query.double()
-    model.backbone.blocks[0].mixer.query.forward = lambda x: torch.zeros(*x.shape[:2], 60)
+def _a_pruned_norm(model):
+    torch.nn.utils.prune.l1_unstructured(model.backbone.blocks[0].mixer_norm, "weight", 0.5)
+
+
+def _no_parameter(model):
+    layer = model.backbone.blocks[0].mixer.query
+    weight = layer.weight.data * 2.0
+    del layer.weight
+    layer.weight = weight
 
 
 CHANGES = (
     _other_values, _other_storage, _another_view, _other_parameter, _other_layer, _other_mixer, _other_epsilon,
-    _another_function, _in_halves, _a_shortcut, _another_norm, _to_double,
+    _another_function, _in_halves, _a_shortcut, _another_norm, _a_pruned_norm, _no_parameter,
 )  # fmt: skip
 
 
@@ -177,6 +189,35 @@ def test_known_blocks_that_kernels_do_not_compute_are_called(compiled_calls):
         logits = model.logits(torch.cat(found, dim=1))
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
     assert compiled_calls.count("attention") == 2 * 10
+
+
+@pytest.mark.parametrize("of", [SeqmixReader, reader_of])
+def test_readers_look_at_blocks_once(of, monkeypatch):
+    model, looked, real = create("2x[attention]", width=60, heads=6, vocabulary=50), [], _decoding._halves
+    monkeypatch.setattr(
+        _decoding, "_halves", lambda *given: looked.append(given) or real(*given)
+    )
+    reader, ids = of(model.eval()), tokens(1, 20)
+    with torch.inference_mode():
+        given = ids.tolist() if of is SeqmixReader else ids
+        state = reader.read(given, None)[-1]
+        for _ in range(3):
+            given = [[1]] if of is SeqmixReader else torch.tensor([[1]])
+            state = reader.read(given, state)[-1]
+    assert len(looked) == 2 + 2
+
+
+def test_what_stands_in_the_way_of_kernels_may_go_away(compiled_calls):
+    model, ids, known = build("2x[attention]"), tokens(1, 82), KnownBlocks()
+    hook = model.backbone.blocks[0].register_forward_hook(lambda *given: None)
+    with torch.inference_mode():
+        _, state = _read(model, ids[:, :80], None, known)
+        _read(model, ids[:, 80:81], state, known)
+        hook.remove()
+        compiled_calls.clear()
+        _read(model, ids[:, 80:81], state, known)
+    assert compiled_calls.number == 2
+    assert compiled_calls == ["attention", "gate"] * 2
 
 
 def test_a_model_that_decoded_can_be_copied_stored_and_forgotten():
@@ -264,6 +305,24 @@ def test_what_kernels_do_not_read_is_no_matter(part_by_part, compiled_calls):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_in_dtypes_that_kernels_do_not_read_are_left_to_pytorch(dtype):
+    mixer = build("attention").backbone.blocks[0].mixer
+    assert _decoding._layers(mixer, "query") is not None
+    mixer.query.to(dtype)
+    assert _decoding._layers(mixer, "query") is None
+
+
+class Seen(TorchDispatchMode):
+    """Who wants to see every operator."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
 def test_gradients_and_tracers_go_through_the_parts(compiled_calls):
     model, ids = build("attention"), tokens(1, 12)
     _, state = model(ids[:, :10])
@@ -272,6 +331,9 @@ def test_gradients_and_tracers_go_through_the_parts(compiled_calls):
     assert model.backbone.blocks[0].mixer.key.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(ids[:, 10:], model(ids[:, :10])[1])
+    with torch.no_grad(), Seen() as seen:
+        model(ids[:, 10:], state)
+    assert seen.number > 20
     assert not compiled_calls
 
 

@@ -88,6 +88,16 @@ def test_a_perfect_drafter_saves_checks():
     assert found.checks <= 5 + 40 / 5  # once around, then five tokens at a time
 
 
+def test_a_drafter_reads_its_model_as_it_is_for_every_text():
+    model = build("2x[attention]")
+    drafter = DraftModel(model)
+    for _ in range(2):
+        (got,) = texts(model, Speculative(drafter=drafter, guesses=4), length=25)
+        assert got.checks == 5
+        for block in model.model.backbone.blocks:
+            block.mixer.value.weight = torch.nn.Parameter(block.mixer.value.weight.flip(0))
+
+
 def test_a_text_ends_where_the_plain_one_does():
     layout = "gated_linear_attention, attention"
     model = build(layout)

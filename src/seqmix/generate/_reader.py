@@ -70,7 +70,7 @@ def reader_of(model: PreTrainedModel | Reader) -> Reader:
 
 
 class _Own(Reader):
-    """A model of seqmix, whose states are values already. Its blocks are looked at once, so each call makes one."""
+    """A model of seqmix, whose states are values already. Its blocks are looked at once, so each text has its own."""
 
     def __init__(self, model: SeqmixForCausalLM) -> None:
         self.known = KnownBlocks()

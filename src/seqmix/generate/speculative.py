@@ -62,10 +62,10 @@ class DraftModel(Drafter):
     """Another causal language model with the same tokens, such as a smaller one or a sub-network."""
 
     def __init__(self, model: PreTrainedModel | Reader) -> None:
-        self.reader = reader_of(model)
+        self.model = model
 
     def start(self, task: Task) -> Draft:
-        return _ModelDraft(self.reader, task)
+        return _ModelDraft(reader_of(self.model), task)
 
 
 class _ModelDraft(Draft):

@@ -104,11 +104,11 @@ class TreeModel(TreeDrafter):
     """The likeliest continuations under another causal language model with the same tokens, such as a smaller one."""
 
     def __init__(self, model: PreTrainedModel | Reader, shape: Shape | None = None) -> None:
-        self.reader = reader_of(model)
+        self.model = model
         self.shape = shape or Shape()
 
     def start(self, task: Task) -> TreeDraft:
-        return _ModelTree(self.reader, self.shape, task.prompt[0].tolist())
+        return _ModelTree(reader_of(self.model), self.shape, task.prompt[0].tolist())
 
 
 class _ModelTree(TreeDraft):

@@ -257,7 +257,7 @@ class Backbone(nn.Module):
 
         A state is a list with an entry per block, after one for learned positions where there are any. With a tree, the
         last tokens are its nodes and the state is the one before them, as in `Mixer.read_tree`. Who decodes with
-        `known` promises that no block is changed meanwhile.
+        `known` promises what it asks for.
         """
         states = list(state or [None] * (len(self.blocks) + (self.positions is not None)))
         place = None if self.positions is None else states.pop(0)
