@@ -257,7 +257,13 @@ def test_what_there_is_room_for_behind_the_keys_is_neither_read_nor_written(layo
 
 def _half(**other):
     layer = (torch.ones(8, 8), None, None, None, 0)
-    given = {"norm": torch.ones(8), "eps": 1e-6, "read": [layer] * 3, "output": layer, "head_width": 4}
+    given = {
+        "norm": torch.ones(8),
+        "eps": 1e-6,
+        "read": [layer] * 3,
+        "output": layer,
+        "head_width": 4,
+    }
     return decoding.Half(**given | other)
 
 

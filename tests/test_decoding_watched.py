@@ -193,10 +193,12 @@ def test_known_blocks_that_kernels_do_not_compute_are_called(compiled_calls):
 
 @pytest.mark.parametrize("of", [SeqmixReader, reader_of])
 def test_readers_look_at_blocks_once(of, monkeypatch):
-    model, looked, real = create("2x[attention]", width=60, heads=6, vocabulary=50), [], _decoding._halves
-    monkeypatch.setattr(
-        _decoding, "_halves", lambda *given: looked.append(given) or real(*given)
+    model, looked, real = (
+        create("2x[attention]", width=60, heads=6, vocabulary=50),
+        [],
+        _decoding._halves,
     )
+    monkeypatch.setattr(_decoding, "_halves", lambda *given: looked.append(given) or real(*given))
     reader, ids = of(model.eval()), tokens(1, 20)
     with torch.inference_mode():
         given = ids.tolist() if of is SeqmixReader else ids
@@ -204,7 +206,7 @@ def test_readers_look_at_blocks_once(of, monkeypatch):
         for _ in range(3):
             given = [[1]] if of is SeqmixReader else torch.tensor([[1]])
             state = reader.read(given, state)[-1]
-    assert len(looked) == 2 + 2
+    assert len(looked) == 2
 
 
 def test_what_stands_in_the_way_of_kernels_may_go_away(compiled_calls):
@@ -215,8 +217,9 @@ def test_what_stands_in_the_way_of_kernels_may_go_away(compiled_calls):
         _read(model, ids[:, 80:81], state, known)
         hook.remove()
         compiled_calls.clear()
+        before = compiled_calls.number
         _read(model, ids[:, 80:81], state, known)
-    assert compiled_calls.number == 2
+    assert compiled_calls.number == before + 1
     assert compiled_calls == ["attention", "gate"] * 2
 
 

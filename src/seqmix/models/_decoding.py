@@ -45,10 +45,10 @@ class _Halves(NamedTuple):
 class KnownBlocks:
     """Blocks as kernels read them, looked at once: for who reads with a model that nobody changes meanwhile.
 
-    Values of weights in float32, bfloat16 or few bits may change. Other modules, settings, hooks, or tensors in the place
-    of weights are not seen: what was there before is read, and stays in memory as long as this. No storage may get other
-    memory, as `share_memory_` gives it. Blocks that are not known are looked at for every token, which takes a fifth of
-    the time of a small model.
+    Values of weights in float32, bfloat16 or few bits may change. Other modules, settings, hooks, or tensors in the
+    place of weights are not seen: what was there before is read, and stays in memory as long as this. No storage may
+    get other memory, as `share_memory_` gives it. Blocks that are not known are looked at for every token, which takes
+    a fifth of the time of a small model.
     """
 
     def __init__(self) -> None:
