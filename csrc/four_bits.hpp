@@ -121,13 +121,13 @@ struct SplitTokens {
 inline void require_codes(const FourBits& bits) {
     const int64_t inputs = bits.inputs, group = bits.group, outputs = bits.outputs();
     require(group > 0 && inputs % group == 0, "int4_matmul: the group divides the inputs");
+    require_shape(bits.codes, "int4_matmul: the codes are [O, ceil(I / 2)]", {outputs, (inputs + 1) / 2});
+    require_shape(bits.factors, "int4_matmul: the factors are [O, ceil(I / G / 2)]",
+                  {outputs, (inputs / group + 1) / 2});
     for (const Tensor* bytes : {&bits.codes, &bits.factors})
         require(bytes->dtype == Dtype::uint8 && bytes->axes == 2 && (bytes->size(1) == 1 || bytes->stride(1) == 1) &&
                     (outputs == 1 || bytes->stride(0) == bytes->size(1)),
                 "int4_matmul: codes and factors are uint8, without gaps");
-    require_shape(bits.codes, "int4_matmul: the codes are [O, ceil(I / 2)]", {outputs, (inputs + 1) / 2});
-    require_shape(bits.factors, "int4_matmul: the factors are [O, ceil(I / G / 2)]",
-                  {outputs, (inputs / group + 1) / 2});
 }
 
 }  // namespace seqmix
