@@ -11,6 +11,7 @@
 
 #include "activations.hpp"
 #include "attention.hpp"
+#include "parallel.hpp"
 #include "weight_matmul.hpp"
 
 namespace seqmix {
@@ -86,13 +87,6 @@ void add_output(const Linear& output, const Linear& shortcut, const Panel& from,
 // A layer from Python: weight, factors of its outputs, bias; of 4 bits the codes, and the factors of groups and their
 // size as well.
 using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t>;
-
-void require_of_outputs(const Tensor& numbers, int64_t outputs) {
-    if (!numbers) return;
-    require_shape(numbers, "decoding: a factor or bias is [O]", {outputs});
-    require(numbers.stride(0) == 1 && (numbers.dtype == Dtype::float32 || numbers.dtype == Dtype::bfloat16),
-            "decoding: factors and biases are in float32 or bfloat16, without gaps");
-}
 
 Linear linear_of(const Layer& layer, int64_t inputs, int64_t outputs) {
     const auto& [weight, scale, bias, factors, group] = layer;
@@ -396,13 +390,6 @@ SEQMIX_BINDINGS(module) {
         .def_ro("widest", &Call::widest)
         .def_ro("width", &Call::width)
         .def("run", &Call::run, "y"_a, "workspace"_a, WithoutGil());
-    module.def(
-        "linear_step",
-        [](Tensor x, Tensor weight, Tensor bias, Tensor y, Tensor room, int threads) {
-            require_of_outputs(bias, weight.size(0));
-            multiply_weight(x, {weight, {}, bias, {}}, y, room, threads);
-        },
-        "x"_a, "weight"_a, "bias"_a.none(), "y"_a, "room"_a, "threads"_a, WithoutGil());
 }
 
 }  // namespace seqmix

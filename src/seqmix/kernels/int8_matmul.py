@@ -1,4 +1,4 @@
-"""Products with weights of 8 bits, compiled (csrc/int8_matmul.cpp)."""
+"""Products with weights of 8 bits, compiled (csrc/weight_matmul.cpp)."""
 
 from __future__ import annotations
 
