@@ -1,5 +1,5 @@
-// A few tokens through halves of blocks of a language model, in one call: what their parts compute one after the other,
-// with nothing but the weights and the keys read from memory. Axes as in seqmix/kernels/decoding.py.
+// Tokens through halves of blocks of a language model, in one call: what their parts compute one after the other, with
+// nothing but the weights and the keys read from memory. Axes as in seqmix/kernels/decoding.py.
 //
 //   attention   y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n)        n = x / sqrt(mean(x^2) + eps) * norm
 //   gated unit  y = S x + W_o (silu(W_g n) * W_u n)                          S a shortcut, or one
@@ -17,8 +17,19 @@
 namespace seqmix {
 namespace {
 
+constexpr int64_t MOST_ROWS = 192;     // of queries that are read together
 constexpr int64_t MOST_PIECES = 16;    // of the keys of all texts: their number must not change a bit
 constexpr int64_t SHORTEST_PIECE = 4;  // tiles
+constexpr int64_t SHARE = 16;          // tokens of a task that is the same for each of them
+
+// body(token) for every token, by several threads if they are many.
+template <class Body>
+void for_each_token(int64_t tokens, int threads, const Body& body) {
+    const int64_t tasks = tokens < 2 * SHARE ? 1 : (tokens + SHARE - 1) / SHARE;
+    for_each_task(tasks, threads, [&](int64_t task, int) {
+        for (int64_t t = tokens * task / tasks; t < tokens * (task + 1) / tasks; ++t) body(t);
+    });
+}
 
 // Rows of numbers of a token each, zero up to whole vectors.
 struct Panel {
@@ -42,8 +53,8 @@ struct Panel {
 
 // Of tokens x [tokens, D].
 template <class T>
-void norm(const Tensor& x, const Tensor& weight, float eps, const Panel& to) {
-    for (int64_t t = 0; t < x.size(0); ++t) {
+void norm(const Tensor& x, const Tensor& weight, float eps, const Panel& to, int threads) {
+    for_each_token(x.size(0), threads, [&](int64_t t) {
         const T* from = x.as<T>() + t * x.stride(0);
         float* row = to.row(t);
         Vector squares = {};
@@ -57,7 +68,7 @@ void norm(const Tensor& x, const Tensor& weight, float eps, const Panel& to) {
             Vector scale = c + WIDTH <= to.width ? load(weight.as<T>() + c) : load_part(weight.as<T>() + c, to.width - c);
             store(row + c, load(row + c) * factor * scale);
         }
-    }
+    });
 }
 
 // y = x + W_o from, for tokens x [tokens, D]; or S x + W_o from, where there is a shortcut S. `whole` is room for x.
@@ -156,9 +167,16 @@ struct AttentionStep {
     int64_t width() const { return keys.size(3); }
     int64_t heads() const { return half.width() / width(); }
     int64_t share() const { return heads() / groups(); }
-    int64_t rows() const { return tokens() * share(); }  // of queries that read the same keys
-    int64_t lines() const { return batch() * groups(); }
-    int64_t most_pieces() const {  // of one line
+    // Queries of a line, which read the same keys, are cut into blocks of so many tokens if they are many.
+    int64_t block() const {
+        if (tokens() * share() <= MOST_ROWS) return tokens();
+        const int64_t most = MOST_ROWS / share();
+        return most < 1 ? 1 : most < TILE ? most : TILE;
+    }
+    int64_t blocks() const { return (tokens() + block() - 1) / block(); }
+    int64_t rows() const { return block() * share(); }
+    int64_t lines() const { return batch() * groups() * blocks(); }
+    int64_t most_pieces() const {  // of a line
         int64_t tiles = (keys.size(1) + TILE - 1) / TILE, most = MOST_PIECES / lines();
         int64_t pieces = tiles / SHORTEST_PIECE < most ? tiles / SHORTEST_PIECE : most;
         return pieces > 1 ? pieces : 1;
@@ -196,39 +214,49 @@ struct AttentionStep {
         return {rows(), width(), width(), q, numbers, numbers + rows(), reading};
     }
 
-    // A piece of the keys of one text and key head.
+    // Tokens `first` to `end` of a text and a key head.
+    struct Line {
+        int64_t row, group, first, end;
+    };
+    Line line_at(int64_t index) const {
+        const int64_t pair = index / blocks(), first = index % blocks() * block(), end = first + block();
+        return {pair / groups(), pair % groups(), first, end < tokens() ? end : tokens()};
+    }
+
+    // A piece of the keys that a line sees.
     template <class T>
-    void read_piece(int64_t line, int64_t piece, const Panel& read, float* reading, float* space) const {
-        const int64_t row = line / groups(), group = line % groups(), T_ = tokens(), S = keys.size(1);
-        const int64_t begin = start.as<int64_t>()[row], pieces = most_pieces();
-        const int64_t tiles = (S - begin + TILE - 1) / TILE;
+    void read_piece(const Line& line, int64_t piece, const Panel& read, float* reading, float* space) const {
+        const auto [row, group, from_token, to_token] = line;
+        const int64_t before = keys.size(1) - tokens();  // keys
+        const int64_t begin = start.as<int64_t>()[row], seen = before + to_token, pieces = most_pieces();
+        const int64_t tiles = (seen - begin + TILE - 1) / TILE;
         Queries queries = queries_at(reading, space);
+        queries.rows = (to_token - from_token) * share();
         queries.start();
-        for (int64_t t = 0; t < T_; ++t)
-            for (int64_t h = 0; h < share(); ++h) {
-                const float* from = read.row(row * T_ + t) + (group * share() + h) * width();
-                float* to = queries.q + (t * share() + h) * queries.q_row();
-                for (int64_t c = 0; c < queries.q_row(); ++c) to[c] = c < width() ? from[c] * half.scale : 0.0f;
-            }
+        for (int64_t r = 0; r < queries.rows; ++r) {
+            const float* from = read.row(row * tokens() + from_token + r / share()) + (group * share() + r % share()) * width();
+            float* to = queries.q + r * queries.q_row();
+            for (int64_t c = 0; c < queries.q_row(); ++c) to[c] = c < width() ? from[c] * half.scale : 0.0f;
+        }
         Scratch scratch = Scratch::at(space + rows() * round_up(width()), rows(), width(), width());
         for (int64_t tile = tiles * piece / pieces; tile < tiles * (piece + 1) / pieces; ++tile) {
-            const int64_t first = begin + tile * TILE, count = S - first < TILE ? S - first : TILE;
+            const int64_t first = begin + tile * TILE, count = seen - first < TILE ? seen - first : TILE;
             auto at = [&](const Tensor& kept) {
                 return kept.as<T>() + row * kept.stride(0) + first * kept.stride(1) + group * kept.stride(2);
             };
             Keys<T> here{at(keys), at(values), keys.stride(1), values.stride(1), count, 0};
             read_tile(queries, here, scratch, [&](float* scores, int64_t) {
-                for (int64_t t = 0; t < T_; ++t)
-                    for (int64_t h = 0; h < share(); ++h)
-                        for (int64_t j = S - T_ + t + 1 - first; j < count; ++j)
-                            if (j >= 0) scores[(t * share() + h) * TILE + j] = NOTHING;
+                for (int64_t r = 0; r < queries.rows; ++r) {
+                    const int64_t later = before + from_token + r / share() + 1 - first;
+                    for (int64_t j = later < 0 ? 0 : later; j < count; ++j) scores[r * TILE + j] = NOTHING;
+                }
             });
         }
     }
 
     template <class T>
     void run(const Tensor& x, const Tensor& y, float* workspace) const {
-        const int64_t S = keys.size(1), K = width(), T_ = tokens();
+        const int64_t before = keys.size(1) - tokens(), K = width();
         Panel normed = Panel::at(workspace, all, half.inputs());
         Panel read = Panel::at(workspace, all, all_heads());
         Panel attended = Panel::at(workspace, all, half.width());
@@ -237,35 +265,38 @@ struct AttentionStep {
         float* readings = workspace;
         float* own = readings + lines() * most_pieces() * reading_floats();
 
-        norm<T>(x, half.norm, half.eps, normed);
+        norm<T>(x, half.norm, half.eps, normed, threads);
         const int64_t places[] = {0, half.width(), half.width() + half.shared()};
         multiply(half.read.data(), 3, normed.data, normed.stride, all, StripSpace(half.inputs(), room), threads,
                  [&](int layer, int64_t token, int64_t first, Vector values, int64_t some) {
                      read.put(token, places[layer] + first, values, some);
                  });
-        for (int64_t row = 0; row < batch(); ++row)
-            for (int64_t t = 0; t < T_; ++t) {
-                float* heads_of = read.row(row * T_ + t);
-                for (int64_t h = 0; h < heads() + groups(); ++h) turn(heads_of + h * K, row, t);
-                for (int64_t g = 0; g < groups(); ++g) {
-                    keep<T>(keys, row, S - T_ + t, g, heads_of + places[1] + g * K);
-                    keep<T>(values, row, S - T_ + t, g, heads_of + places[2] + g * K);
-                }
+        for_each_token(all, threads, [&](int64_t token) {
+            const int64_t row = token / tokens(), t = token % tokens();
+            float* heads_of = read.row(token);
+            for (int64_t h = 0; h < heads() + groups(); ++h) turn(heads_of + h * K, row, t);
+            for (int64_t g = 0; g < groups(); ++g) {
+                keep<T>(keys, row, before + t, g, heads_of + places[1] + g * K);
+                keep<T>(values, row, before + t, g, heads_of + places[2] + g * K);
             }
-        const int64_t pieces = most_pieces();
-        for_each_task(lines() * pieces, threads, [&](int64_t task, int thread) {
-            read_piece<T>(task / pieces, task % pieces, read, readings + task * reading_floats(),
+        });
+        const int64_t pieces = most_pieces(), tasks = lines() * pieces;
+        for_each_task(tasks, threads, [&](int64_t task, int thread) {
+            task = tasks - 1 - task;  // late queries see most: they come first
+            read_piece<T>(line_at(task / pieces), task % pieces, read, readings + task * reading_floats(),
                           own + thread * thread_floats());
         });
-        for (int64_t line = 0; line < lines(); ++line) {
-            Queries queries = queries_at(readings + line * pieces * reading_floats(), nullptr);
+        for_each_task(lines(), blocks() > 1 ? threads : 1, [&](int64_t index, int) {
+            const auto [row, group, from_token, to_token] = line_at(index);
+            Queries queries = queries_at(readings + index * pieces * reading_floats(), nullptr);
+            queries.rows = (to_token - from_token) * share();
             for (int64_t piece = 1; piece < pieces; ++piece)
-                merge(queries, queries_at(readings + (line * pieces + piece) * reading_floats(), nullptr));
-            for (int64_t r = 0; r < rows(); ++r) {
-                int64_t token = line / groups() * T_ + r / share(), head = line % groups() * share() + r % share();
+                merge(queries, queries_at(readings + (index * pieces + piece) * reading_floats(), nullptr));
+            for (int64_t r = 0; r < queries.rows; ++r) {
+                const int64_t token = row * tokens() + from_token + r / share(), head = group * share() + r % share();
                 finish(queries, r, NOTHING, attended.row(token) + head * K);
             }
-        }
+        });
         add_output<T>(half.output, half.shortcut, attended, x, normed, y, room, threads);
     }
 };
@@ -283,16 +314,17 @@ struct GatedStep {
     void run(const Tensor& x, const Tensor& y, float* workspace) const {
         Panel normed = Panel::at(workspace, all, half.inputs());
         Panel both[] = {Panel::at(workspace, all, half.width()), Panel::at(workspace, all, half.width())};
-        norm<T>(x, half.norm, half.eps, normed);
+        norm<T>(x, half.norm, half.eps, normed, threads);
         multiply(half.read.data(), 2, normed.data, normed.stride, all, StripSpace(half.inputs(), workspace), threads,
                  [&](int layer, int64_t token, int64_t first, Vector values, int64_t some) {
                      both[layer].put(token, first, values, some);
                  });
-        for (int64_t t = 0; t < all; ++t)
+        for_each_token(all, threads, [&](int64_t t) {
             for (int64_t c = 0; c < half.width(); c += WIDTH) {
                 float* gate = both[0].row(t) + c;
                 store(gate, silu(load(gate)) * load(both[1].row(t) + c));
             }
+        });
         add_output<T>(half.output, half.shortcut, both[0], x, normed, y, workspace, threads);
     }
 };

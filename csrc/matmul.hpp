@@ -99,23 +99,46 @@ __attribute__((noinline)) inline void matmul(int64_t rows, int64_t columns, int6
     if (i < rows) run(Rows<1>{}, i);
 }
 
-// a[0], b[0], a[1], b[1], ... of the first halves of two vectors, or of their second halves. Clang and newer GCCs
-// take constants for the places; older GCCs know only their own builtin.
+// Lanes at these places of two vectors laid end to end. Clang and newer GCCs take constants for the places; older GCCs
+// know only their own builtin.
+template <int... place>
+inline Vector pick(Vector a, Vector b) {
+#if SEQMIX_SHUFFLEVECTOR
+    return __builtin_shufflevector(a, b, place...);
+#else
+    return __builtin_shuffle(a, b, Integers{place...});
+#endif
+}
+
+// a[0], b[0], a[1], b[1], ... of the first halves of two vectors, or of their second halves.
 template <int half, int... place>
 inline Vector interleave(Vector a, Vector b, std::integer_sequence<int, place...>) {
-    constexpr int first = half * WIDTH / 2;
-#if SEQMIX_SHUFFLEVECTOR
-    return __builtin_shufflevector(a, b, (first + place / 2 + place % 2 * WIDTH)...);
-#else
-    return __builtin_shuffle(a, b, Integers{(first + place / 2 + place % 2 * WIDTH)...});
-#endif
+    return pick<(half * WIDTH / 2 + place / 2 + place % 2 * WIDTH)...>(a, b);
 }
 
 // Lane j of vector i becomes lane i of vector j.
 inline void transpose_vectors(Vector (&now)[WIDTH]) {
-    using Places = std::make_integer_sequence<int, WIDTH>;
     Vector next[WIDTH];
+#if defined(__AVX__) && !defined(__AVX512F__)
+    // What crosses the middle of a vector costs an instruction more here, so it is done once: first numbers, then pairs,
+    // then halves.
+    for (int i = 0; i < 8; i += 2) {
+        next[i] = pick<0, 8, 1, 9, 4, 12, 5, 13>(now[i], now[i + 1]);
+        next[i + 1] = pick<2, 10, 3, 11, 6, 14, 7, 15>(now[i], now[i + 1]);
+    }
+    for (int four = 0; four < 8; four += 4)
+        for (int i = 0; i < 2; ++i) {
+            now[four + 2 * i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(next[four + i], next[four + i + 2]);
+            now[four + 2 * i + 1] = pick<2, 3, 10, 11, 6, 7, 14, 15>(next[four + i], next[four + i + 2]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        next[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(now[i], now[i + 4]);
+        next[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(now[i], now[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) now[i] = next[i];
+#else
     // Each pass interleaves the two halves of the rows; after log2(WIDTH) passes rows are columns.
+    using Places = std::make_integer_sequence<int, WIDTH>;
     for (int pass = 1; pass < WIDTH; pass *= 2) {
         for (int i = 0; i < WIDTH / 2; ++i) {
             next[2 * i] = interleave<0>(now[i], now[i + WIDTH / 2], Places{});
@@ -123,6 +146,7 @@ inline void transpose_vectors(Vector (&now)[WIDTH]) {
         }
         for (int i = 0; i < WIDTH; ++i) now[i] = next[i];
     }
+#endif
 }
 
 // to[j, i] = from[i, j] for whole blocks of WIDTH x WIDTH; both are padded to whole blocks.

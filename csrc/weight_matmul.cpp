@@ -14,9 +14,9 @@
 namespace seqmix {
 namespace {
 
-constexpr int TOGETHER = 6;                                 // tokens whose sums are in registers with those of a strip
-constexpr int64_t TASK_TOKENS = 96, TASK_FLOATS = 1 << 16;  // of a task, at most, so that its inputs stay in cache
-constexpr int64_t TASK_PRODUCTS = 1 << 17;                  // so many take as long as waking a thread
+constexpr int TOGETHER = 6;                 // tokens whose sums are in registers with those of a strip
+constexpr int64_t TASK_PRODUCTS = 1 << 17;  // so many take as long as waking a thread
+static_assert(TASK_TOKENS % TOGETHER == 0 && FEW_TOKENS >= TOGETHER, "a task has whole groups of tokens");
 
 inline Vector load_numbers(const float* from) { return load(from); }
 inline Vector load_numbers(const bfloat16* from) { return load(from); }
@@ -147,15 +147,15 @@ inline void few_results(const Linear& layer, const Weight& weight, int64_t first
 }
 
 // turned[i * WEIGHT_STRIP + o] = W_oi for i < depth and `count` outputs, zero for the rest of the strip. Rows of W are
-// `inputs` apart.
+// `inputs` apart; what lies `ahead` is fetched.
 template <class Number>
-inline void turn_strip(const Number* weight, int64_t inputs, int64_t depth, int64_t count, float* turned) {
+inline void turn_strip(const Number* weight, int64_t inputs, int64_t depth, int64_t count, int64_t ahead, float* turned) {
     constexpr int64_t IN_LINE = LINE / sizeof(Number);
     for (int64_t o = 0; o < WEIGHT_STRIP; o += WIDTH)
         for (int64_t i = 0; i < depth; i += WIDTH) {
             const Number* from = weight + o * inputs + i;
             if (i % IN_LINE == 0)
-                for (int j = 0; j < WIDTH; ++j) __builtin_prefetch(from + (WEIGHT_STRIP + j) * inputs);
+                for (int j = 0; j < WIDTH; ++j) __builtin_prefetch(from + ahead + j * inputs);
             Vector lines[WIDTH];
             if (depth - i >= WIDTH && count - o >= WIDTH) {
                 for (int j = 0; j < WIDTH; ++j) lines[j] = load_numbers(from + j * inputs);
@@ -186,32 +186,36 @@ inline void add_strip(const float* turned, int64_t depth, const float* x, int64_
         for (int v = 0; v < BLOCK_VECTORS; ++v) store(sums + t * WEIGHT_STRIP + v * WIDTH, total[t][v]);
 }
 
-// The same for a strip of outputs and at least TOGETHER tokens; the last of them in one group with some that are in the
-// group before as well.
+// The same for some strips of outputs and at least TOGETHER tokens; the last of them in one group with some that are in
+// the group before as well. Some inputs of all tokens stay in cache while they meet all strips.
 template <class Number, class Put>
 inline void strip_results(const Linear& layer, const Number* weight, int64_t first, int64_t count, const float* x,
-                          int64_t stride, int64_t token, int64_t tokens, float* turned, const Put& put) {
-    constexpr int64_t GROUPS = TASK_TOKENS / TOGETHER;
+                          int64_t stride, int64_t token, int64_t tokens, float* turned, float* sums, const Put& put) {
     const int64_t inputs = layer.inputs(), groups = (tokens + TOGETHER - 1) / TOGETHER;
-    float sums[GROUPS * TOGETHER * WEIGHT_STRIP];
     auto begin = [&](int64_t group) {
         return (group + 1) * TOGETHER <= tokens ? group * TOGETHER : tokens - TOGETHER;
     };
+    auto sums_of = [&](int64_t strip, int64_t group) {
+        return sums + (strip / WEIGHT_STRIP * TASK_TOKENS + group * TOGETHER) * WEIGHT_STRIP;
+    };
     for (int64_t from = 0; from < inputs; from += DEPTH) {
         const int64_t depth = inputs - from < DEPTH ? inputs - from : DEPTH;
-        turn_strip(weight + from, inputs, depth, count, turned);
-        for (int64_t group = 0; group < groups; ++group)
-            add_strip(turned, depth, x + begin(group) * stride + from, stride, from == 0,
-                      sums + group * TOGETHER * WEIGHT_STRIP);
+        for (int64_t strip = 0; strip < count; strip += WEIGHT_STRIP) {
+            const bool is_last = strip + WEIGHT_STRIP >= count;  // then come the next inputs, or the next strips
+            const int64_t ahead = !is_last || from + DEPTH >= inputs ? WEIGHT_STRIP * inputs : DEPTH - strip * inputs;
+            turn_strip(weight + strip * inputs + from, inputs, depth, count - strip, ahead, turned);
+            for (int64_t group = 0; group < groups; ++group)
+                add_strip(turned, depth, x + begin(group) * stride + from, stride, from == 0, sums_of(strip, group));
+        }
     }
     for (int64_t group = 0; group < groups; ++group)
         for (int t = 0; t < TOGETHER; ++t) {
             const int64_t at = begin(group) + t;
             if (at < group * TOGETHER) continue;  // put already
-            for (int v = 0; v < BLOCK_VECTORS && v * WIDTH < count; ++v) {
-                const int64_t output = first + v * WIDTH, some = count - v * WIDTH < WIDTH ? count - v * WIDTH : WIDTH;
-                Vector total = load(sums + (group * TOGETHER + t) * WEIGHT_STRIP + v * WIDTH);
-                put(token + at, output, layer.finished(total, output, some), some);
+            for (int64_t output = 0; output < count; output += WIDTH) {
+                const int64_t some = count - output < WIDTH ? count - output : WIDTH;
+                Vector total = load(sums_of(output, group) + t * WEIGHT_STRIP + output % WEIGHT_STRIP);
+                put(token + at, first + output, layer.finished(total, first + output, some), some);
             }
         }
 }
@@ -237,13 +241,11 @@ void pack_tokens(const Tokens<const T>& x, int64_t tokens, int64_t inputs, int64
 void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t stride, int64_t tokens,
               const StripSpace& space, int threads, const Put& put) {
     const bool few = tokens <= FEW_TOKENS;
-    const int64_t height = few ? WIDTH : WEIGHT_STRIP, inputs = layers[0].inputs();
+    const int64_t height = few ? WIDTH : STRIPS * WEIGHT_STRIP, inputs = layers[0].inputs();
     auto strips_of = [&](const Linear& layer) { return (layer.outputs() + height - 1) / height; };
     int64_t strips = 0;
     for (int i = 0; i < count_of_layers; ++i) strips += strips_of(layers[i]);
-    int64_t most = TASK_FLOATS / stride;
-    most = most < 2 * TOGETHER ? 2 * TOGETHER : most < TASK_TOKENS ? most : TASK_TOKENS;
-    const int64_t tiles = (tokens + most - 1) / most;  // all of them of at least TOGETHER tokens, unless these are few
+    const int64_t tiles = (tokens + TASK_TOKENS - 1) / TASK_TOKENS;
     int64_t shares = tokens * inputs * strips * height < 2 * TASK_PRODUCTS ? 1 : 4 * threads;
     shares = shares < strips ? shares : strips;
     const FourBits* codes = nullptr;
@@ -292,7 +294,7 @@ void multiply(const Linear* layers, int count_of_layers, const float* x, int64_t
                             __builtin_prefetch(reinterpret_cast<const char*>(weight) + byte);
                     if (few) put_few(NumberRows<Number>{weight, inputs, x, stride}, first, count);
                     else strip_results(layer, weight, first, count, x + begin * stride, stride, begin, here,
-                                       space.turned(thread), to);
+                                       space.turned(thread), space.sums(thread), to);
                 });
             });
         }

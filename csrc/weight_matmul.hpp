@@ -9,7 +9,9 @@ namespace seqmix {
 
 constexpr int64_t FEW_TOKENS = 8;                        // tokens for which W is not turned, at most
 constexpr int64_t WEIGHT_STRIP = BLOCK_VECTORS * WIDTH;  // outputs that are turned together
-constexpr int64_t DEPTH = 288;                           // inputs, which fit into the first cache so with their tokens
+constexpr int64_t STRIPS = WEIGHT_STRIP < 32 ? 32 / WEIGHT_STRIP : 1;  // whose sums are kept
+constexpr int64_t DEPTH = 288;                           // inputs, of which a strip fits into the first cache
+constexpr int64_t TASK_TOKENS = 192;                     // of which so many inputs fit into the second
 
 // A linear layer. Rows of its weight [O, I] follow each other; those of 4 bits are codes with factors of groups.
 struct Linear {
@@ -51,19 +53,21 @@ private:
     }
 };
 
-// What products work in: the few tokens as codes of 4 bits meet them, and for each thread a strip of W as bytes and some
-// of it as floats.
+// What products work in: the few tokens as codes of 4 bits meet them, and for each thread some strips of W as bytes, a
+// part of one as floats, and sums.
 struct StripSpace {
-    int64_t split_size, bytes_size, size;  // in floats, the last two of a thread
+    static constexpr int64_t turned_size = WEIGHT_STRIP * DEPTH, sums_size = STRIPS * WEIGHT_STRIP * TASK_TOKENS;
+    int64_t split_size, bytes_size;  // in floats
     float* floats;
 
     StripSpace(int64_t inputs, float* floats)
-        : split_size(FEW_TOKENS * SplitTokens::row(inputs)), bytes_size(WEIGHT_STRIP * round_up(inputs) / 4),
-          size(bytes_size + WEIGHT_STRIP * DEPTH), floats(floats) {}
+        : split_size(FEW_TOKENS * SplitTokens::row(inputs)), bytes_size(STRIPS * WEIGHT_STRIP * round_up(inputs) / 4),
+          floats(floats) {}
 
-    int64_t all(int threads) const { return split_size + threads * size; }
-    int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(floats + split_size + thread * size); }
-    float* turned(int thread) const { return floats + split_size + thread * size + bytes_size; }
+    int64_t all(int threads) const { return split_size + threads * (bytes_size + turned_size + sums_size); }
+    float* turned(int thread) const { return floats + split_size + thread * (bytes_size + turned_size + sums_size); }
+    float* sums(int thread) const { return turned(thread) + turned_size; }
+    int8_t* bytes(int thread) const { return reinterpret_cast<int8_t*>(sums(thread) + sums_size); }
 };
 
 // Takes results: put(layer, token, output, values, count) of `count` outputs, at most a vector of them, from number

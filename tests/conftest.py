@@ -51,7 +51,7 @@ def part_by_part(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(_decoding, "_is_few", lambda x, most: False)
+            patch.setattr(_decoding, "_is_few", lambda x: False)
             return function()
 
     return run

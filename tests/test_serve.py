@@ -124,9 +124,9 @@ class Watched(SeqmixReader):
     def __init__(self, reader):
         vars(self).update(vars(reader), calls=[])
 
-    def read(self, texts, state):
+    def _features(self, texts, state):
         self.calls.append([len(text) for text in texts])
-        return super().read(texts, state)
+        return super()._features(texts, state)
 
 
 def test_prompts_that_wait_are_read_together(hybrid):

@@ -1,7 +1,8 @@
-"""Blocks in one compiled call, where a few tokens go through them.
+"""Blocks in one compiled call, where not too many tokens go through them.
 
-While a model decodes, calling its parts one by one takes longer than what they compute. What is said here of a half of
-a block is what the kernels of `seqmix.kernels.decoding` compute; any other goes on as it is written in `Block`.
+While a model decodes, calling its parts one by one takes longer than what they compute, and a fifth of the time of a
+short prompt. What is said here of a half of a block is what the kernels of `seqmix.kernels.decoding` compute; any other
+goes on as it is written in `Block`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from seqmix.ops._operator import note_form
 if TYPE_CHECKING:
     from seqmix.models.backbone import Block
 
-MOST = 32  # tokens of all texts; for more, what the parts of a block compute takes longer than their calls
-KINDS = (torch.float32, torch.bfloat16)  # dtypes that they read
-MOST_HALVES = 4096  # the same of a channel mixer in bfloat16, which PyTorch multiplies slowly on most processors
+# Tokens of all texts, of the dtypes that kernels read. With more, PyTorch multiplies as fast in float32; in bfloat16 it
+# is slow on most processors.
+MOST = {torch.float32: 512, torch.bfloat16: 4096}
 
 
 class _Halves(NamedTuple):
@@ -92,7 +93,7 @@ def blocks_step(
 
     To what the last of them writes and the states after; None where there are none.
     """
-    if not _is_few(x, MOST):
+    if not _is_few(x):
         return None
     call, after = _Call(x), []
     find = _halves if known is None else known.of
@@ -101,7 +102,7 @@ def blocks_step(
         if halves is None:
             break
         if halves.mixer is not None:
-            memory = None if state is None else _memory(halves.attention, x, state)
+            memory = _memory(halves.attention, x, state)
             if memory is None:
                 break
             call.add(halves.mixer, memory[0])
@@ -114,7 +115,7 @@ def blocks_step(
 
 def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
-    if state is None or not _is_few(x, MOST):
+    if not _is_few(x):
         return None
     half = _mixer_half(block, x, x.shape[-1])
     memory = None if half is None else _memory(block._modules["mixer"], x, state)
@@ -127,8 +128,7 @@ def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | 
 
 def channel_step(block: Block, x: Tensor) -> Tensor | None:
     """x [B, T, D] to x + channel(norm(x)); None where no kernel does it."""
-    most = MOST_HALVES if x.dtype == torch.bfloat16 else MOST
-    half = _channel_half(block, x, x.shape[-1]) if _is_few(x, most) else None
+    half = _channel_half(block, x, x.shape[-1]) if _is_few(x) else None
     if half is None:
         return None
     call = _Call(x)
@@ -187,7 +187,12 @@ def _channel_half(block: Block, x: Tensor, width: int) -> decoding.Half | None:
 
 
 def _memory(attention: Any, x: Tensor, state: State) -> tuple[decoding.Memory, State] | None:
-    """What attention reads and writes beside its weights, and the state after; None for a state that does not fit x."""
+    """What attention reads and writes beside its weights, and the state after; None for a state that does not fit x.
+
+    Without a state x is the beginning of texts.
+    """
+    if state is None:
+        state = attention.initial_state(x.shape[0], x)
     keys, values, start = state["keys"], state["values"], state["start"]
     c, tokens = attention.config, x.shape[1]
     if not (_is_kept(keys, x, c) and _is_kept(values, x, c) and start.is_contiguous()):
@@ -209,7 +214,7 @@ def _memory(attention: Any, x: Tensor, state: State) -> tuple[decoding.Memory, S
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
     """Features [B, T, D] of a few tokens to their logits [B, T, V]; None where no kernel does it."""
-    if type(head) is not nn.Linear or features.ndim != 3 or not _is_few(features, MOST):
+    if type(head) is not nn.Linear or features.ndim != 3 or not _is_few(features):
         return None
     weight, bias = head.weight, head.bias
     if weight.dtype != features.dtype or weight.shape[1] != features.shape[-1]:
@@ -219,11 +224,11 @@ def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
     return decoding.linear_step(features, weight, _wide(bias))
 
 
-def _is_few(x: Tensor, most: int) -> bool:
-    """Whether there are kernels for such tensors, and they are worth their while."""
+def _is_few(x: Tensor) -> bool:
+    """Whether there are kernels for such tokens, and they are worth their while."""
     if native is None or torch.is_grad_enabled() or not needs_no_dispatcher(x, (x,)):
         return False
-    if x.dtype not in KINDS or not 0 < x.shape[0] * x.shape[1] <= most or x.stride(-1) != 1:
+    if not 0 < x.shape[0] * x.shape[1] <= MOST.get(x.dtype, 0) or x.stride(-1) != 1:
         return False
     return not (torch.is_autocast_enabled("cpu") or _has_any_global_hook())
 
@@ -294,7 +299,7 @@ def _layers(part: nn.Module, *names: str) -> Any:
             weight, factors, group = held["codes"], held["factors"], module.group
         else:
             weight = held["weight"]
-        if kind is nn.Linear and weight.dtype not in KINDS:
+        if kind is nn.Linear and weight.dtype not in MOST:
             return None
         if not all(map(_is_plain, held.values())):
             return None
@@ -304,4 +309,4 @@ def _layers(part: nn.Module, *names: str) -> Any:
 
 def _wide(numbers: Tensor | None) -> Tensor | None:
     """Factors or a bias in a dtype that kernels read."""
-    return numbers if numbers is None or numbers.dtype in KINDS else numbers.float()
+    return numbers if numbers is None or numbers.dtype in MOST else numbers.float()

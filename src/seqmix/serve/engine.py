@@ -227,7 +227,7 @@ class Engine:
             return
         texts = [each.request.prompt[each.position : each.position + n] for each, n in pieces]
         state = self.reader.join([each.state for each, _ in pieces])
-        _, state = self.reader.read(texts, state)
+        state = self.reader.advance(texts, state)
         for i, (each, length) in enumerate(pieces):
             is_kept = length == each.piece(self.limits.chunk)
             each.position += length

@@ -28,6 +28,10 @@ class Reader(Protocol):
         """Tokens of B texts, maybe of several lengths, after `state`, to the last logits [B, V] and the state after."""
         ...
 
+    def advance(self, texts: Texts, state: State) -> State:
+        """The state after these tokens, whose logits nobody wants."""
+        ...
+
     def join(self, states: Sequence[State]) -> State:
         """One state with the rows of all; a None among them is one row."""
         ...
@@ -50,17 +54,26 @@ class SeqmixReader:
 
     @torch.inference_mode()
     def read(self, texts: Texts, state: State) -> tuple[Tensor, State]:
-        lengths = [len(text) for text in texts]
+        features, ends, state = self._features(texts, state)
+        if ends is not None:
+            features = features[0, ends[1:] - 1].unsqueeze(1)
+        return self.model.logits(features[:, -1:])[:, 0], state
+
+    @torch.inference_mode()
+    def advance(self, texts: Texts, state: State) -> State:
+        return self._features(texts, state)[-1]
+
+    def _features(self, texts: Texts, state: State) -> tuple[Tensor, Tensor | None, State]:
+        """Features [B, T, D], or [1, total, D] with the texts' boundaries, and the state after them."""
+        backbone, lengths = self.model.backbone, [len(text) for text in texts]
         if len({*lengths}) == 1:
-            ids = torch.tensor(texts)
-            features, state = self.model.backbone(
-                self.model.embedding(ids), state, known=self.known
-            )
-            return self.model.logits(features[:, -1:])[:, 0], state
+            embedded = self.model.embedding(torch.tensor(texts))
+            features, state = backbone(embedded, state, known=self.known)
+            return features, None, state
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         packed = self.model.embedding(torch.tensor([[*chain.from_iterable(texts)]]))
-        features, state = self.model.backbone(packed, state, cu_seqlens=ends)
-        return self.model.logits(features[0, ends[1:] - 1].unsqueeze(1))[:, 0], state
+        features, state = backbone(packed, state, cu_seqlens=ends)
+        return features, ends, state
 
     @torch.inference_mode()
     def join(self, states: Sequence[State]) -> State:

@@ -59,6 +59,9 @@ class TransformersReader:
         read = [self._read(text, before) for text, before in zip(texts, befores, strict=True)]
         return torch.cat([logits for logits, _ in read]), [after for _, after in read]
 
+    def advance(self, texts: Texts, state: State) -> State:
+        return self.read(texts, state)[1]
+
     def join(self, states: Sequence[State]) -> State:
         return [text for state in states for text in state or [None]]
 
