@@ -158,22 +158,31 @@ struct AttentionStep {
     const Half& half;
     Tensor keys, values, start;  // [B, S, G, K], the last T of S to be written; [B]: keys before it are none
     Tensor cosines, sines;       // [1 or B, T, 1, R], R channels turn; the first half of the sines negative
+    Tensor bounds;               // [B + 1] of texts of several lengths, packed; their turns are [1, all, 1, R]
     int64_t all;                 // tokens of all texts
     int threads;
+    int64_t longest;             // tokens of a text
 
     int64_t batch() const { return keys.size(0); }
-    int64_t tokens() const { return all / batch(); }  // of a text
+    int64_t begin_of(int64_t row) const { return bounds ? bounds.as<int64_t>()[row] : row * longest; }
+    int64_t tokens_of(int64_t row) const { return bounds ? begin_of(row + 1) - begin_of(row) : longest; }
+    int64_t row_of(int64_t token) const {
+        if (!bounds) return token / longest;
+        int64_t row = 0;
+        while (begin_of(row + 1) <= token) ++row;
+        return row;
+    }
     int64_t groups() const { return keys.size(2); }
     int64_t width() const { return keys.size(3); }
     int64_t heads() const { return half.width() / width(); }
     int64_t share() const { return heads() / groups(); }
     // Queries of a line, which read the same keys, are cut into blocks of so many tokens if they are many.
     int64_t block() const {
-        if (tokens() * share() <= MOST_ROWS) return tokens();
+        if (longest * share() <= MOST_ROWS) return longest;
         const int64_t most = MOST_ROWS / share();
         return most < 1 ? 1 : most < TILE ? most : TILE;
     }
-    int64_t blocks() const { return (tokens() + block() - 1) / block(); }
+    int64_t blocks() const { return (longest + block() - 1) / block(); }
     int64_t rows() const { return block() * share(); }
     int64_t lines() const { return batch() * groups() * blocks(); }
     int64_t most_pieces() const {  // of a line
@@ -191,9 +200,10 @@ struct AttentionStep {
                half.product_floats(threads) + lines() * most_pieces() * reading_floats() + threads * thread_floats();
     }
 
-    void turn(float* head, int64_t row, int64_t t) const {
+    void turn(float* head, int64_t row, int64_t token) const {
         if (!cosines) return;
-        const int64_t text = cosines.size(0) == 1 ? 0 : row, R = cosines.size(3), middle = R / 2;
+        const int64_t text = cosines.size(0) == 1 ? 0 : row, t = bounds ? token : token - begin_of(row);
+        const int64_t R = cosines.size(3), middle = R / 2;
         const float* cosine = cosines.as<float>() + text * cosines.stride(0) + t * cosines.stride(1);
         const float* sine = sines.as<float>() + text * sines.stride(0) + t * sines.stride(1);
         for (int64_t i = 0; i < middle; ++i) {
@@ -214,27 +224,30 @@ struct AttentionStep {
         return {rows(), width(), width(), q, numbers, numbers + rows(), reading};
     }
 
-    // Tokens `first` to `end` of a text and a key head.
+    // `count` tokens from number `first` on of a text, and a key head. A text may have none there.
     struct Line {
-        int64_t row, group, first, end;
+        int64_t row, group, first, count;
     };
     Line line_at(int64_t index) const {
-        const int64_t pair = index / blocks(), first = index % blocks() * block(), end = first + block();
-        return {pair / groups(), pair % groups(), first, end < tokens() ? end : tokens()};
+        const int64_t pair = index / blocks(), row = pair / groups(), first = index % blocks() * block();
+        const int64_t left = tokens_of(row) - first, count = left < block() ? left : block();
+        return {row, pair % groups(), first, count > 0 ? count : 0};
     }
 
     // A piece of the keys that a line sees.
     template <class T>
     void read_piece(const Line& line, int64_t piece, const Panel& read, float* reading, float* space) const {
-        const auto [row, group, from_token, to_token] = line;
-        const int64_t before = keys.size(1) - tokens();  // keys
-        const int64_t begin = start.as<int64_t>()[row], seen = before + to_token, pieces = most_pieces();
+        const auto [row, group, first_token, count_of_tokens] = line;
+        const int64_t before = keys.size(1) - tokens_of(row) + first_token;  // keys
+        const int64_t begin = start.as<int64_t>()[row], seen = before + count_of_tokens, pieces = most_pieces();
         const int64_t tiles = (seen - begin + TILE - 1) / TILE;
         Queries queries = queries_at(reading, space);
-        queries.rows = (to_token - from_token) * share();
+        queries.rows = count_of_tokens * share();
         queries.start();
+        if (!count_of_tokens) return;
         for (int64_t r = 0; r < queries.rows; ++r) {
-            const float* from = read.row(row * tokens() + from_token + r / share()) + (group * share() + r % share()) * width();
+            const int64_t token = begin_of(row) + first_token + r / share();
+            const float* from = read.row(token) + (group * share() + r % share()) * width();
             float* to = queries.q + r * queries.q_row();
             for (int64_t c = 0; c < queries.q_row(); ++c) to[c] = c < width() ? from[c] * half.scale : 0.0f;
         }
@@ -247,7 +260,7 @@ struct AttentionStep {
             Keys<T> here{at(keys), at(values), keys.stride(1), values.stride(1), count, 0};
             read_tile(queries, here, scratch, [&](float* scores, int64_t) {
                 for (int64_t r = 0; r < queries.rows; ++r) {
-                    const int64_t later = before + from_token + r / share() + 1 - first;
+                    const int64_t later = before + r / share() + 1 - first;
                     for (int64_t j = later < 0 ? 0 : later; j < count; ++j) scores[r * TILE + j] = NOTHING;
                 }
             });
@@ -256,7 +269,7 @@ struct AttentionStep {
 
     template <class T>
     void run(const Tensor& x, const Tensor& y, float* workspace) const {
-        const int64_t before = keys.size(1) - tokens(), K = width();
+        const int64_t K = width();
         Panel normed = Panel::at(workspace, all, half.inputs());
         Panel read = Panel::at(workspace, all, all_heads());
         Panel attended = Panel::at(workspace, all, half.width());
@@ -272,12 +285,12 @@ struct AttentionStep {
                      read.put(token, places[layer] + first, values, some);
                  });
         for_each_token(all, threads, [&](int64_t token) {
-            const int64_t row = token / tokens(), t = token % tokens();
+            const int64_t row = row_of(token), place = keys.size(1) - begin_of(row) - tokens_of(row) + token;
             float* heads_of = read.row(token);
-            for (int64_t h = 0; h < heads() + groups(); ++h) turn(heads_of + h * K, row, t);
+            for (int64_t h = 0; h < heads() + groups(); ++h) turn(heads_of + h * K, row, token);
             for (int64_t g = 0; g < groups(); ++g) {
-                keep<T>(keys, row, before + t, g, heads_of + places[1] + g * K);
-                keep<T>(values, row, before + t, g, heads_of + places[2] + g * K);
+                keep<T>(keys, row, place, g, heads_of + places[1] + g * K);
+                keep<T>(values, row, place, g, heads_of + places[2] + g * K);
             }
         });
         const int64_t pieces = most_pieces(), tasks = lines() * pieces;
@@ -287,13 +300,13 @@ struct AttentionStep {
                           own + thread * thread_floats());
         });
         for_each_task(lines(), blocks() > 1 ? threads : 1, [&](int64_t index, int) {
-            const auto [row, group, from_token, to_token] = line_at(index);
+            const auto [row, group, first_token, count_of_tokens] = line_at(index);
             Queries queries = queries_at(readings + index * pieces * reading_floats(), nullptr);
-            queries.rows = (to_token - from_token) * share();
+            queries.rows = count_of_tokens * share();
             for (int64_t piece = 1; piece < pieces; ++piece)
                 merge(queries, queries_at(readings + (index * pieces + piece) * reading_floats(), nullptr));
             for (int64_t r = 0; r < queries.rows; ++r) {
-                const int64_t token = row * tokens() + from_token + r / share(), head = group * share() + r % share();
+                const int64_t token = begin_of(row) + first_token + r / share(), head = group * share() + r % share();
                 finish(queries, r, NOTHING, attended.row(token) + head * K);
             }
         });
@@ -330,13 +343,25 @@ struct GatedStep {
 };
 
 // What attention reads and writes beside its weights: keys and values [B, room for more than S, G, K], S, start, cosines,
-// sines.
-using Memory = std::tuple<Tensor, Tensor, int64_t, Tensor, Tensor, Tensor>;
+// sines, bounds.
+using Memory = std::tuple<Tensor, Tensor, int64_t, Tensor, Tensor, Tensor, Tensor>;
 
 AttentionStep attention_step(const Half& half, const Memory& memory, const Tensor& x, int threads) {
-    auto [keys, values, length, start, cosines, sines] = memory;
+    auto [keys, values, length, start, cosines, sines, bounds] = memory;
     const int64_t batch = keys.size(0), all = x.size(0);
-    require(keys.axes == 4 && batch > 0 && all % batch == 0 && all / batch <= length, "decoding: rows do not fit");
+    require(keys.axes == 4 && batch > 0 && (bounds || all % batch == 0), "decoding: rows do not fit");
+    AttentionStep step{half, {}, {}, start, cosines, sines, bounds, all, threads, all / batch};
+    if (bounds) {
+        require_shape(bounds, "decoding: `bounds` is [B + 1]", {batch + 1});
+        require(bounds.dtype == Dtype::int64 && bounds.stride(0) == 1, "decoding: `bounds` is int64, without gaps");
+        require(step.begin_of(0) == 0 && step.begin_of(batch) == all, "decoding: `bounds` go from first to last");
+        step.longest = 0;
+    }
+    for (int64_t row = 0; row < batch; ++row) {
+        require(step.tokens_of(row) >= 0, "decoding: `bounds` rise");
+        step.longest = step.tokens_of(row) > step.longest ? step.tokens_of(row) : step.longest;
+    }
+    require(step.longest <= length, "decoding: there are fewer keys");
     require(keys.size(3) == half.head_width && keys.size(2) * half.head_width == half.shared(),
             "decoding: heads do not fit");
     require(values.axes == 4 && length <= keys.size(1) && length <= values.size(1), "decoding: there are fewer keys");
@@ -347,18 +372,20 @@ AttentionStep attention_step(const Half& half, const Memory& memory, const Tenso
     require_shape(start, "decoding: `start` is [B]", {batch});
     require(start.dtype == Dtype::int64 && (batch == 1 || start.stride(0) == 1), "decoding: `start` is int64, without gaps");
     for (int64_t row = 0; row < batch; ++row)
-        require(0 <= start.as<int64_t>()[row] && start.as<int64_t>()[row] <= length - all / batch,
+        require(0 <= start.as<int64_t>()[row] && start.as<int64_t>()[row] <= length - step.tokens_of(row),
                 "decoding: a row starts among its keys");
     require(bool(cosines) == bool(sines), "decoding: cosines go with sines");
     if (cosines) {
-        require(cosines.axes == 4 && (cosines.size(0) == 1 || cosines.size(0) == batch) && cosines.size(3) <= half.head_width,
+        require(cosines.axes == 4 && (cosines.size(0) == 1 || (!bounds && cosines.size(0) == batch)) &&
+                    cosines.size(3) <= half.head_width,
                 "decoding: the turns are [1 or B, T, 1, R]");
         for (const Tensor* turns : {&cosines, &sines}) {
-            require_shape(*turns, "decoding: cosines and sines differ", {cosines.size(0), all / batch, 1, cosines.size(3)});
+            require_shape(*turns, "decoding: cosines and sines differ", {cosines.size(0), bounds ? all : step.longest, 1, cosines.size(3)});
             require(turns->dtype == Dtype::float32 && turns->stride(3) == 1, "decoding: turns are in float32, without gaps");
         }
     }
-    return {half, keys, values, start, cosines, sines, all, threads};
+    step.keys = keys, step.values = values;
+    return step;
 }
 
 // x [tokens, D] through one half after the other to y; what is between them is in y as well.

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import pytest
 import torch
@@ -122,7 +123,9 @@ def test_weights_of_few_bits_and_halves(kind, part_by_part, compiled_calls):
     if kind != "bfloat16":
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         return
-    exact, _ = decode(model.float(), ids, 80, pieces)  # parts round what they give to each other, halves do not
+    exact, _ = decode(
+        model.float(), ids, 80, pieces
+    )  # parts round what they give to each other, halves do not
     assert (got - exact).norm() < (wanted - exact).norm() < 0.02 * exact.norm()
 
 
@@ -194,6 +197,64 @@ def test_prompts_of_several_lengths_go_on_together(compiled_calls):
         for row, first in ((0, 9), (1, 250)):
             wanted = model(ids[row : row + 1, : first + 150])[0][0, first:]
             torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-5)
+
+
+def _packed(model, texts, state=None):
+    """Logits of texts of several lengths, read packed, and the state after them."""
+    bounds = torch.tensor([0, *accumulate(map(len, texts))], dtype=torch.int32)
+    logits, state = model(torch.cat(texts).unsqueeze(0), state, cu_seqlens=bounds)
+    return logits[0].split([len(text) for text in texts]), state
+
+
+@pytest.mark.parametrize("layout", [*list(LAYOUTS)[:6], "hybrid"])
+def test_packed_texts_are_one_call(layout, part_by_part, compiled_calls):
+    model, ids = build(LAYOUTS[layout]), tokens(4, 300)
+    lengths = [(3, 90, 1, 217), (70, 1, 2, 9), (1, 1, 1, 2)]
+    with torch.inference_mode():
+        read, state = [0] * 4, None
+        for pieces in lengths:
+            compiled_calls.number = 0
+            texts = [row[a : a + n] for row, a, n in zip(ids, read, pieces, strict=True)]
+            kept = [leaf.clone() for leaf in leaves(state)]
+            got, after = _packed(model, texts, state)
+            assert compiled_calls.number == (1 if layout != "hybrid" else 4)
+            for leaf, before in zip(leaves(state), kept, strict=True):
+                assert torch.equal(leaf, before)
+            wanted, _ = part_by_part(lambda: _packed(model, texts, state))  # noqa: B023, it is called here
+            for mine, theirs in zip(got, wanted, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            read, state = [a + n for a, n in zip(read, pieces, strict=True)], after
+        got, _ = model(
+            torch.stack([row[a : a + 2] for row, a in zip(ids, read, strict=True)]), state
+        )
+        for row, place, logits in zip(ids, read, got, strict=True):
+            wanted = model(row[None, : place + 2])[0][0, place:]
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_text_may_be_empty():
+    model, ids = build("2x[attention]"), tokens(3, 40)
+    with torch.inference_mode():
+        texts = [ids[0, :9], ids[1, :0], ids[2, :30]]
+        got, state = _packed(model, texts)
+        for mine, text in zip(got, texts, strict=True):
+            if len(text):
+                torch.testing.assert_close(mine, model(text[None])[0][0], rtol=1e-4, atol=1e-5)
+        more = [ids[0, 9:12], ids[1, :5], ids[2, 30:30]]
+        got, _ = _packed(model, more, state)
+        torch.testing.assert_close(got[0], model(ids[:1, :12])[0][0, 9:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[1], model(ids[1:2, :5])[0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_texts_write_nothing_beside_what_is_allocated():
+    model, ids = build("2x[attention(key_heads=2)]"), tokens(3, 250)
+    with torch.inference_mode():
+        for pieces in ((200, 3, 9), (1, 1, 1)):
+            texts = [row[:n] for row, n in zip(ids, pieces, strict=True)]
+            wanted = torch.cat(_packed(model, texts)[0])
+            with guarded_memory():
+                got = torch.cat(_packed(model, texts)[0]).clone()
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_a_state_stays_as_it_was():
@@ -339,9 +400,13 @@ def test_norms_and_memories_that_do_not_fit_are_refused():
     x, keys = torch.ones(1, 1, 8), torch.ones(1, 6, 2, 4)
     for start in (-1, 6):
         with pytest.raises(ValueError, match="starts among"):
-            decoding.decode(x, [(_half(), (keys, keys, 6, torch.tensor([start]), None, None))])
+            decoding.decode(x, [(_half(), (keys, keys, 6, torch.tensor([start]), *[None] * 3))])
     with pytest.raises(ValueError, match="fewer keys"):
-        decoding.decode(x, [(_half(), (keys, keys, 7, torch.tensor([0]), None, None))])
+        decoding.decode(x, [(_half(), (keys, keys, 7, torch.tensor([0]), *[None] * 3))])
+    for bounds in ([0], [1, 1], [0, 2], [0, 1, 1]):
+        memory = (keys, keys, 6, torch.tensor([0]), None, None, torch.tensor(bounds))
+        with pytest.raises(ValueError, match="bounds"):
+            decoding.decode(x, [(_half(), memory)])
     with pytest.raises(ValueError, match="factor or bias"):
         decoding.linear_step(x, torch.ones(9, 8), torch.ones(8))
 

@@ -31,8 +31,6 @@ def attention_by(function: Callable[..., Tensor]) -> Iterator[list[float]]:
     with (
         mock.patch.object(_attention, "attention", read),
         mock.patch.object(bidirectional_attention, "attention", read),
-        mock.patch.object(
-            _decoding, "MOST", 0
-        ),  # no block is computed in one call, attention and all
+        mock.patch.object(_decoding, "MOST", {}),  # no block in one call, attention and all
     ):
         yield seconds

@@ -1,4 +1,4 @@
-"""Halves of blocks of a language model for a few tokens, in one compiled call (csrc/decoding.cpp).
+"""Halves of blocks of a language model in one compiled call (csrc/decoding.cpp).
 
 A layer is (weight [O, I] in float32, bfloat16 or int8; the factor of each output [O] or None; bias [O] or None; None;
 0), the factor and the bias in float32 or bfloat16. One of 4 bits is (codes, factor, bias, factors of groups, inputs of
@@ -17,9 +17,11 @@ from seqmix.kernels._custom import float_workspace
 from seqmix.kernels._native import native
 
 Layer = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
-Memory = tuple[Tensor | None, Tensor | None, int, Tensor | None, Tensor | None, Tensor | None]
+Memory = tuple[
+    Tensor | None, Tensor | None, int, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 NOTHING: Layer = (None, None, None, None, 0)
-NO_MEMORY: Memory = (None, None, 0, None, None, None)
+NO_MEMORY: Memory = (None, None, 0, None, None, None, None)
 
 
 class Half:
@@ -78,11 +80,14 @@ def _alias(layer: Layer) -> Layer:
 def decode(x: Tensor, halves: Sequence[tuple[Half, Memory]]) -> Tensor:
     """x [B, T, D] through one half after the other, to y [B, T, E]. Weights must stay where they are meanwhile.
 
+    Texts of several lengths are packed, x [1, total, D], and say where each begins and ends.
+
     Args:
         x: in float32 or bfloat16.
         halves: each with its memory: of attention the keys and values [B, S or more, G, K] in the dtype of x; S, of
             which the last T are written; the first key of each text, [B] int64; cosines and signed sines
-            [1 or B, T, 1, R] in float32, or None. A gated unit has `NO_MEMORY`.
+            [1 or B, T, 1, R] in float32 ([1, total, 1, R] of packed texts), or None; of packed texts their bounds,
+            [B + 1] int64, or None. A gated unit has `NO_MEMORY`.
 
     Raises `ValueError` where they do not fit together.
     """

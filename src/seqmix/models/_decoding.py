@@ -8,6 +8,7 @@ goes on as it is written in `Block`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from seqmix.channels.glu import GatedLinearUnit
-from seqmix.core.state import Growing, State
+from seqmix.core.state import Growing, State, with_spare
 from seqmix.kernels import decoding
 from seqmix.kernels._custom import needs_no_dispatcher
 from seqmix.kernels._native import native
@@ -26,6 +27,7 @@ from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
 from seqmix.mixers.attention import Attention
 from seqmix.ops._operator import note_form
+from seqmix.ops._packing import Packing
 
 if TYPE_CHECKING:
     from seqmix.models.backbone import Block
@@ -67,13 +69,29 @@ class KnownBlocks:
 
 
 class _Call:
-    """Halves that one compiled call computes, one after the other, for x [B, T, D]."""
+    """Halves that one compiled call computes, one after the other, for x [B, T, D], or packed texts [1, total, D]."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         self.x = x
+        self.cu_seqlens = cu_seqlens
         self.width = x.shape[-1]
         self._halves: list[tuple[decoding.Half, decoding.Memory]] = []
         self._forms: frozenset[str] = frozenset()
+
+    def attend(self, half: decoding.Half, attention: Any, state: State) -> State:
+        """Adds a half of attention, to the state after it; None, and nothing is added, where the state does not fit."""
+        if self.cu_seqlens is None:
+            memory = _memory(attention, self.x, state)
+        else:
+            memory = _packed_memory(attention, self.x, state, self._texts)
+        if memory is None:
+            return None
+        self.add(half, memory[0])
+        return memory[1]
+
+    @cached_property
+    def _texts(self) -> Packing:
+        return Packing("attention", self.cu_seqlens, self.x)
 
     def add(self, half: decoding.Half, memory: decoding.Memory = decoding.NO_MEMORY) -> None:
         self._halves.append((half, memory))
@@ -87,43 +105,44 @@ class _Call:
 
 
 def blocks_step(
-    blocks: Iterable[tuple[Block, State]], x: Tensor, known: KnownBlocks | None = None
+    blocks: Iterable[tuple[Block, State]],
+    x: Tensor,
+    known: KnownBlocks | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, list[State]] | None:
     """x [B, T, D] through as many whole blocks, from the first on, as kernels compute; each is given with its state.
 
-    To what the last of them writes and the states after; None where there are none.
+    To what the last of them writes and the states after; None where there are none. With `cu_seqlens` x is
+    [1, total, D], packed texts.
     """
     if not _is_few(x):
         return None
-    call, after = _Call(x), []
+    call, after = _Call(x, cu_seqlens), []
     find = _halves if known is None else known.of
     for block, state in blocks:
         halves = find(block, x, call.width)
         if halves is None:
             break
         if halves.mixer is not None:
-            memory = _memory(halves.attention, x, state)
-            if memory is None:
+            state = call.attend(halves.mixer, halves.attention, state)
+            if state is None:
                 break
-            call.add(halves.mixer, memory[0])
-            state = memory[1]
         if halves.channel is not None:
             call.add(halves.channel)
         after.append(state)
     return (call.run(), after) if after else None
 
 
-def mixer_step(block: Block, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+def mixer_step(
+    block: Block, x: Tensor, state: State, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, State] | None:
     """x [B, T, D] and the state to x + mixer(norm(x)) and the state after; None where no kernel does it."""
-    if not _is_few(x):
+    half = _mixer_half(block, x, x.shape[-1]) if _is_few(x) else None
+    if half is None:
         return None
-    half = _mixer_half(block, x, x.shape[-1])
-    memory = None if half is None else _memory(block._modules["mixer"], x, state)
-    if half is None or memory is None:
-        return None
-    call = _Call(x)
-    call.add(half, memory[0])
-    return call.run(), memory[1]
+    call = _Call(x, cu_seqlens)
+    after = call.attend(half, block._modules["mixer"], state)
+    return None if after is None else (call.run(), after)
 
 
 def channel_step(block: Block, x: Tensor) -> Tensor | None:
@@ -193,23 +212,56 @@ def _memory(attention: Any, x: Tensor, state: State) -> tuple[decoding.Memory, S
     """
     if state is None:
         state = attention.initial_state(x.shape[0], x)
-    keys, values, start = state["keys"], state["values"], state["start"]
-    c, tokens = attention.config, x.shape[1]
-    if not (_is_kept(keys, x, c) and _is_kept(values, x, c) and start.is_contiguous()):
+    if not _is_state(state, x.shape[0], x, attention.config):
         return None
-    keys, values = keys.extended(tokens), values.extended(tokens)
-    turns: Any = (None, None)
-    if c.rope_base is not None:
-        first, starts = keys.length - tokens, start.tolist()
-        if len({*starts}) == 1:
-            del starts[1:]
-        places = tuple([first - begin + t for begin in starts for t in range(tokens)])
-        shape = len(starts), tokens
-        turns = turns_of_few(
-            places, shape, c.rope_base, c.turning, attention.stretch, torch.float32
-        )
+    tokens, start = x.shape[1], state["start"]
+    keys, values = state["keys"].extended(tokens), state["values"].extended(tokens)
+    first, starts = keys.length - tokens, start.tolist()
+    if len({*starts}) == 1:
+        del starts[1:]
+    places = tuple([first - begin + t for begin in starts for t in range(tokens)])
+    turns = _turns(attention, places, (len(starts), tokens))
     after = {"keys": keys, "values": values, "start": start}
-    return (keys.room, values.room, keys.length, start, *turns), after
+    return (keys.room, values.room, keys.length, start, *turns, None), after
+
+
+def _packed_memory(
+    attention: Any, x: Tensor, state: State, texts: Packing
+) -> tuple[decoding.Memory, State] | None:
+    """The same of texts of several lengths, packed in x [1, total, D]. Their rows end together again."""
+    new = texts.lengths.tolist()
+    if state is None:
+        state = attention.initial_state(len(new), x)
+    if not _is_state(state, len(new), x, attention.config):
+        return None
+    before = state["keys"].length
+    held = [before - begin for begin in state["start"].tolist()]
+    total = [old + count for old, count in zip(held, new, strict=True)]
+    longest = max(total)
+
+    def moved(old: Growing) -> Growing:
+        from_all = old.tensor
+        room = from_all.new_zeros(len(new), with_spare(longest), *from_all.shape[2:])
+        for row, (some, every) in enumerate(zip(held, total, strict=True)):
+            if some:
+                begin = longest - every
+                room[row, begin : begin + some] = from_all[row, before - some :]
+        return Growing.beginning(room, longest)
+
+    keys, values = moved(state["keys"]), moved(state["values"])
+    start = longest - torch.tensor(total)
+    places = tuple([old + t for old, count in zip(held, new, strict=True) for t in range(count)])
+    turns, bounds = _turns(attention, places, (1, len(places))), texts.bounds
+    after = {"keys": keys, "values": values, "start": start}
+    return (keys.room, values.room, longest, start, *turns, bounds), after
+
+
+def _turns(attention: Any, places: tuple[int, ...], shape: tuple[int, int]) -> tuple[Any, Any]:
+    """Cosines and signed sines of these places, or nothing where none turn."""
+    c = attention.config
+    if c.rope_base is None:
+        return None, None
+    return turns_of_few(places, shape, c.rope_base, c.turning, attention.stretch, torch.float32)
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
@@ -265,17 +317,24 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return type(tensor) in (Parameter, Tensor) and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _is_kept(kept: Any, x: Tensor, config: Any) -> bool:
-    """Whether keys or values of a state belong to the rows of x, in its dtype."""
+def _is_state(state: State, rows: int, x: Tensor, config: Any) -> bool:
+    """Whether a state of attention is one of so many texts, in the dtype of x."""
+    start: Tensor = state["start"]
+    kept = (_is_kept(state[name], rows, x, config) for name in ("keys", "values"))
+    return all(kept) and start.is_contiguous() and len(start) == rows
+
+
+def _is_kept(kept: Any, rows: int, x: Tensor, config: Any) -> bool:
+    """Whether these are keys or values of so many texts, in the dtype of x."""
     if type(kept) is not Growing:
         return False
     tensor = kept.room
     if type(tensor) is not Tensor or not tensor.is_cpu or tensor.stride(-1) != 1:
         return False
-    rows, _, groups, width = tensor.shape
+    found, _, groups, width = tensor.shape
     return (
         tensor.dtype == x.dtype
-        and rows == x.shape[0]
+        and found == rows
         and groups == config.groups
         and width == config.head_width
     )

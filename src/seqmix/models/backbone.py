@@ -162,7 +162,7 @@ class Block(nn.Module):
         tree: Tree | None = None,
     ) -> tuple[Tensor, State]:
         given = x
-        step = mixer_step(self, x, state) if cu_seqlens is None and tree is None else None
+        step = mixer_step(self, x, state, cu_seqlens) if tree is None else None
         if step is not None:
             x, state = step
         elif self.mixer is not None:
@@ -265,8 +265,8 @@ class Backbone(nn.Module):
         left, after = list(zip(self.blocks, states, strict=True)), []
         while left:
             few = None
-            if cu_seqlens is None and tree is None:
-                few = blocks_step(takewhile(_is_block, left), x, known)
+            if tree is None:
+                few = blocks_step(takewhile(_is_block, left), x, known, cu_seqlens)
             if few is None:
                 x, state = self._through(*left[0], x, cu_seqlens=cu_seqlens, tree=tree)
                 new = [state]

@@ -29,11 +29,16 @@ class Batch:
 
 
 class Packing(Batch):
-    """Texts of different lengths laid end to end in one row `[1, total, ...]`, bounded by `cu_seqlens [N+1]`."""
+    """Texts of different lengths laid end to end in one row `[1, total, ...]`, bounded by `cu_seqlens [N+1]`.
+
+    `bounds` are these on the CPU, in int64.
+    """
 
     def __init__(self, operator: str, cu_seqlens: Tensor, like: Tensor) -> None:
         bounds = (
-            cu_seqlens.detach().to("cpu", torch.long) if isinstance(cu_seqlens, Tensor) else None
+            cu_seqlens.detach().to("cpu", torch.long).contiguous()
+            if isinstance(cu_seqlens, Tensor)
+            else None
         )
         if bounds is None or cu_seqlens.is_floating_point() or bounds.ndim != 1 or len(bounds) < 2:
             raise ShapeError(
@@ -51,7 +56,7 @@ class Packing(Batch):
             raise RangeError(
                 f"{operator}: `cu_seqlens` must rise from 0 to the total length {total}, got {bounds.tolist()}."
             )
-        self._bounds, self._lengths, self._device = bounds, lengths, like.device
+        self.bounds, self._lengths, self._device = bounds, lengths, like.device
         self.lengths = lengths.to(like.device)
         self.num_texts = len(lengths)
         self.longest = int(lengths.max())
@@ -113,7 +118,7 @@ class Packing(Batch):
         longest = int(lengths.max())
         row = torch.repeat_interleave(lengths)
         place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
-        tokens, places = self._bounds[texts][row] + place, row * longest + place
+        tokens, places = self.bounds[texts][row] + place, row * longest + place
         return _Group(len(texts), longest, *(x.to(self._device) for x in (texts, tokens, places)))
 
     def _split(
