@@ -3,6 +3,7 @@
 //
 //   attention   y = S x + W_o attend(turn(W_q n), turn(W_k n), W_v n)        n = x / sqrt(mean(x^2) + eps) * norm
 //   gated unit  y = S x + W_o (silu(W_g n) * W_u n)                          S a shortcut, or one
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -85,14 +86,14 @@ void add_output(const Linear& output, const Linear& shortcut, const Panel& from,
         };
     };
     const int64_t count = x.size(0);
-    if (shortcut.weight) {
+    if (shortcut) {
         for (int64_t t = 0; t < count; ++t)
             for (int64_t c = 0; c < whole.width; ++c)
                 whole.row(t)[c] = to_float(x.as<T>()[t * x.stride(0) + c]);
         multiply(&shortcut, 1, whole.data, whole.stride, count, StripSpace(whole.width, room), threads, add({}));
     }
     multiply(&output, 1, from.data, from.stride, count, StripSpace(from.width, room), threads,
-             add(shortcut.weight ? y : x));
+             add(shortcut ? y : x));
 }
 
 // A layer from Python: weight, factors of its outputs, bias; of 4 bits the codes, and the factors of groups and their
@@ -168,9 +169,8 @@ struct AttentionStep {
     int64_t tokens_of(int64_t row) const { return bounds ? begin_of(row + 1) - begin_of(row) : longest; }
     int64_t row_of(int64_t token) const {
         if (!bounds) return token / longest;
-        int64_t row = 0;
-        while (begin_of(row + 1) <= token) ++row;
-        return row;
+        const int64_t* at = bounds.as<int64_t>();
+        return std::upper_bound(at, at + batch() + 1, token) - at - 1;
     }
     int64_t groups() const { return keys.size(2); }
     int64_t width() const { return keys.size(3); }
@@ -346,22 +346,24 @@ struct GatedStep {
 // sines, bounds.
 using Memory = std::tuple<Tensor, Tensor, int64_t, Tensor, Tensor, Tensor, Tensor>;
 
+int64_t longest_text(const Tensor& bounds, int64_t batch, int64_t all) {
+    if (!bounds) return all / batch;
+    require_shape(bounds, "decoding: `bounds` is [B + 1]", {batch + 1});
+    require(bounds.dtype == Dtype::int64 && bounds.stride(0) == 1, "decoding: `bounds` is int64, without gaps");
+    const int64_t* at = bounds.as<int64_t>();
+    require(at[0] == 0 && at[batch] == all, "decoding: `bounds` go from first to last");
+    int64_t longest = 0;
+    for (int64_t row = 0; row < batch; ++row) {
+        require(at[row] <= at[row + 1], "decoding: `bounds` rise");
+        longest = at[row + 1] - at[row] > longest ? at[row + 1] - at[row] : longest;
+    }
+    return longest;
+}
+
 AttentionStep attention_step(const Half& half, const Memory& memory, const Tensor& x, int threads) {
     auto [keys, values, length, start, cosines, sines, bounds] = memory;
     const int64_t batch = keys.size(0), all = x.size(0);
     require(keys.axes == 4 && batch > 0 && (bounds || all % batch == 0), "decoding: rows do not fit");
-    AttentionStep step{half, {}, {}, start, cosines, sines, bounds, all, threads, all / batch};
-    if (bounds) {
-        require_shape(bounds, "decoding: `bounds` is [B + 1]", {batch + 1});
-        require(bounds.dtype == Dtype::int64 && bounds.stride(0) == 1, "decoding: `bounds` is int64, without gaps");
-        require(step.begin_of(0) == 0 && step.begin_of(batch) == all, "decoding: `bounds` go from first to last");
-        step.longest = 0;
-    }
-    for (int64_t row = 0; row < batch; ++row) {
-        require(step.tokens_of(row) >= 0, "decoding: `bounds` rise");
-        step.longest = step.tokens_of(row) > step.longest ? step.tokens_of(row) : step.longest;
-    }
-    require(step.longest <= length, "decoding: there are fewer keys");
     require(keys.size(3) == half.head_width && keys.size(2) * half.head_width == half.shared(),
             "decoding: heads do not fit");
     require(values.axes == 4 && length <= keys.size(1) && length <= values.size(1), "decoding: there are fewer keys");
@@ -369,6 +371,8 @@ AttentionStep attention_step(const Half& half, const Memory& memory, const Tenso
     require_shape(values, "decoding: keys and values differ", {batch, length, keys.size(2), keys.size(3)});
     require(keys.stride(3) == 1 && values.stride(3) == 1, "decoding: keys and values are without gaps");
     require(keys.dtype == x.dtype && values.dtype == x.dtype, "decoding: keys and values are in the dtype of x");
+    AttentionStep step{half, keys, values, start, cosines, sines, bounds, all, threads, longest_text(bounds, batch, all)};
+    require(step.longest <= length, "decoding: there are fewer keys");
     require_shape(start, "decoding: `start` is [B]", {batch});
     require(start.dtype == Dtype::int64 && (batch == 1 || start.stride(0) == 1), "decoding: `start` is int64, without gaps");
     for (int64_t row = 0; row < batch; ++row)
@@ -384,7 +388,6 @@ AttentionStep attention_step(const Half& half, const Memory& memory, const Tenso
             require(turns->dtype == Dtype::float32 && turns->stride(3) == 1, "decoding: turns are in float32, without gaps");
         }
     }
-    step.keys = keys, step.values = values;
     return step;
 }
 

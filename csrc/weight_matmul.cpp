@@ -17,6 +17,7 @@ namespace {
 constexpr int TOGETHER = 6;                 // tokens whose sums are in registers with those of a strip
 constexpr int64_t TASK_PRODUCTS = 1 << 17;  // so many take as long as waking a thread
 static_assert(TASK_TOKENS % TOGETHER == 0 && FEW_TOKENS >= TOGETHER, "a task has whole groups of tokens");
+static_assert(DEPTH % WIDTH == 0, "vectors end where the inputs of a strip do");
 
 inline Vector load_numbers(const float* from) { return load(from); }
 inline Vector load_numbers(const bfloat16* from) { return load(from); }
@@ -130,9 +131,9 @@ struct CodeRows {
 
 // put(token, output, values, count) of `count` outputs, at most a vector of them, from number `first` on, for so many
 // tokens from number `token` on.
-template <int tokens, class Weight, class Put>
+template <int tokens, class Weight, class Results>
 inline void few_results(const Linear& layer, const Weight& weight, int64_t first, int64_t count, int64_t token,
-                        const Put& put) {
+                        const Results& put) {
     constexpr int rows = Weight::template rows<tokens>;
     Vector sums[tokens][WIDTH] = {};
     int64_t i = 0;
@@ -188,9 +189,10 @@ inline void add_strip(const float* turned, int64_t depth, const float* x, int64_
 
 // The same for some strips of outputs and at least TOGETHER tokens; the last of them in one group with some that are in
 // the group before as well. Some inputs of all tokens stay in cache while they meet all strips.
-template <class Number, class Put>
+template <class Number, class Results>
 inline void strip_results(const Linear& layer, const Number* weight, int64_t first, int64_t count, const float* x,
-                          int64_t stride, int64_t token, int64_t tokens, float* turned, float* sums, const Put& put) {
+                          int64_t stride, int64_t token, int64_t tokens, float* turned, float* sums,
+                          const Results& put) {
     const int64_t inputs = layer.inputs(), groups = (tokens + TOGETHER - 1) / TOGETHER;
     auto begin = [&](int64_t group) {
         return (group + 1) * TOGETHER <= tokens ? group * TOGETHER : tokens - TOGETHER;
@@ -201,8 +203,8 @@ inline void strip_results(const Linear& layer, const Number* weight, int64_t fir
     for (int64_t from = 0; from < inputs; from += DEPTH) {
         const int64_t depth = inputs - from < DEPTH ? inputs - from : DEPTH;
         for (int64_t strip = 0; strip < count; strip += WEIGHT_STRIP) {
-            const bool is_last = strip + WEIGHT_STRIP >= count;  // then come the next inputs, or the next strips
-            const int64_t ahead = !is_last || from + DEPTH >= inputs ? WEIGHT_STRIP * inputs : DEPTH - strip * inputs;
+            int64_t ahead = WEIGHT_STRIP * inputs;  // the next strip, the first one's next inputs, or those of other strips
+            if (strip + WEIGHT_STRIP >= count) ahead = from + DEPTH < inputs ? DEPTH - strip * inputs : ahead - from;
             turn_strip(weight + strip * inputs + from, inputs, depth, count - strip, ahead, turned);
             for (int64_t group = 0; group < groups; ++group)
                 add_strip(turned, depth, x + begin(group) * stride + from, stride, from == 0, sums_of(strip, group));

@@ -9,9 +9,9 @@ namespace seqmix {
 
 constexpr int64_t FEW_TOKENS = 8;                        // tokens for which W is not turned, at most
 constexpr int64_t WEIGHT_STRIP = BLOCK_VECTORS * WIDTH;  // outputs that are turned together
-constexpr int64_t STRIPS = WEIGHT_STRIP < 32 ? 32 / WEIGHT_STRIP : 1;  // whose sums are kept
-constexpr int64_t DEPTH = 288;                           // inputs, of which a strip fits into the first cache
-constexpr int64_t TASK_TOKENS = 192;                     // of which so many inputs fit into the second
+constexpr int64_t STRIPS = WEIGHT_STRIP < 32 ? 32 / WEIGHT_STRIP : 1;  // that meet the tokens while they are in L2
+constexpr int64_t DEPTH = 288;                           // inputs that are summed at once: a strip of them fits into L1
+constexpr int64_t TASK_TOKENS = 192;                     // tokens of a task: so many inputs of all of them fit into L2
 
 // A linear layer. Rows of its weight [O, I] follow each other; those of 4 bits are codes with factors of groups.
 struct Linear {
@@ -20,6 +20,7 @@ struct Linear {
 
     int64_t outputs() const { return codes ? codes.outputs() : weight.size(0); }
     int64_t inputs() const { return codes ? codes.inputs : weight.size(1); }
+    explicit operator bool() const { return weight || codes; }
 
     // visit(rows), where rows(first, count, bytes) gives the address of the numbers [count, I] of outputs from number
     // `first` on; it may write them to `bytes`.

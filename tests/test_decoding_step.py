@@ -32,6 +32,7 @@ LAYOUTS = {
     "hybrid": "[mamba2, attention, attention, attention(window=8), attention]",
     "biases": "2x[attention / glu(bias=true)]",
     "no_channel": "2x[attention / none]",
+    "many_heads_of_a_key": "2x[attention(heads=200, key_heads=1, head_width=2)]",
 }
 
 
@@ -44,6 +45,21 @@ def test_shortcuts_are_part_of_it(part_by_part, compiled_calls):
     got, _ = decode(model, ids, 80, pieces)
     assert len(compiled_calls) == 2 * 2 * (1 + len(pieces))
     wanted, _ = part_by_part(lambda: decode(model, ids, 80, pieces))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", [Int8.of, lambda layer: Int4.of(layer, *four_bits(layer.weight, 20))]
+)
+def test_shortcuts_of_few_bits_are_part_of_it(kind, part_by_part, compiled_calls):
+    model = create("2x[attention]", width=60, heads=6, vocabulary=50, shortcuts=True).eval().model
+    for place in ("0.mixer", "1.channel"):
+        place = f"backbone.blocks.{place}_shortcut"
+        replace_layer(model, place, kind(model.get_submodule(place)))
+    ids = tokens(2, 100)
+    got, _ = decode(model, ids, 80, (1, 19))
+    assert compiled_calls.number == 3
+    wanted, _ = part_by_part(lambda: decode(model, ids, 80, (1, 19)))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -232,7 +248,38 @@ def test_packed_texts_are_one_call(layout, part_by_part, compiled_calls):
             torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_packed_text_may_be_empty():
+def test_packed_texts_of_very_different_lengths_go_part_by_part(compiled_calls):
+    model, ids = build("attention"), tokens(1, 100)
+    _packed(model, [ids[0], *ids[0].split(1)[:20]])
+    assert "attention" not in compiled_calls
+
+
+def test_another_default_device_is_no_matter(compiled_calls):
+    model, ids = build("2x[attention]"), tokens(2, 40)
+    texts = [ids[0, :30], ids[1, :12]]
+    with torch.inference_mode():
+        wanted, state = _packed(model, texts)
+        number = compiled_calls.number
+        with torch.device("meta"):
+            got, after = model(
+                torch.cat(texts).unsqueeze(0), cu_seqlens=torch.tensor([0, 30, 42], device="cpu")
+            )
+        assert compiled_calls.number == 2 * number
+        torch.testing.assert_close(got[0], torch.cat(wanted), rtol=0, atol=0)
+        for mine, theirs in zip(leaves(after), leaves(state), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_features_of_other_shapes_are_no_tokens():
+    model = build("none / glu").backbone
+    with torch.inference_mode():
+        x = torch.randn(7, 3, 5, 60)
+        wanted = model(x.flatten(0, 2).unsqueeze(0))[0].view_as(x)
+        torch.testing.assert_close(model(x)[0], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x[0, 0])[0], wanted[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_text_may_be_empty(compiled_calls):
     model, ids = build("2x[attention]"), tokens(3, 40)
     with torch.inference_mode():
         texts = [ids[0, :9], ids[1, :0], ids[2, :30]]
@@ -240,8 +287,9 @@ def test_a_packed_text_may_be_empty():
         for mine, text in zip(got, texts, strict=True):
             if len(text):
                 torch.testing.assert_close(mine, model(text[None])[0][0], rtol=1e-4, atol=1e-5)
-        more = [ids[0, 9:12], ids[1, :5], ids[2, 30:30]]
+        more, compiled_calls.number = [ids[0, 9:12], ids[1, :5], ids[2, 30:30]], 0
         got, _ = _packed(model, more, state)
+        assert compiled_calls.number == 1
         torch.testing.assert_close(got[0], model(ids[:1, :12])[0][0, 9:], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got[1], model(ids[1:2, :5])[0][0], rtol=1e-4, atol=1e-5)
 
@@ -251,10 +299,18 @@ def test_packed_texts_write_nothing_beside_what_is_allocated():
     with torch.inference_mode():
         for pieces in ((200, 3, 9), (1, 1, 1)):
             texts = [row[:n] for row, n in zip(ids, pieces, strict=True)]
-            wanted = torch.cat(_packed(model, texts)[0])
+            wanted, state = _packed(model, texts)
+            more = _packed(
+                model, [row[n : n + 9] for row, n in zip(ids, pieces, strict=True)], state
+            )[0]
             with guarded_memory():
-                got = torch.cat(_packed(model, texts)[0]).clone()
-            torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+                got, state = _packed(model, texts)
+                again = _packed(
+                    model, [row[n : n + 9] for row, n in zip(ids, pieces, strict=True)], state
+                )[0]
+                got, again = torch.cat(got).clone(), torch.cat(again).clone()
+            torch.testing.assert_close(got, torch.cat(wanted), rtol=0, atol=0)
+            torch.testing.assert_close(again, torch.cat(more), rtol=0, atol=0)
 
 
 def test_a_state_stays_as_it_was():

@@ -135,6 +135,13 @@ def test_prompts_that_wait_are_read_together(hybrid):
     assert engine.reader.calls == [[*range(2, 11)], [1] * 9, [1] * 9]
 
 
+def test_prompts_make_no_logits(hybrid, monkeypatch):
+    calls, real = [], hybrid.model.logits
+    monkeypatch.setattr(hybrid.model, "logits", lambda features: calls.append(1) or real(features))
+    ask(Engine(hybrid), *(Request(prompt(20 + i, i), Answers(), 2, GREEDY) for i in range(3)))
+    assert len(calls) == 2
+
+
 def test_prompts_that_begin_alike_are_read_once(hybrid):
     engine = Engine(hybrid, Limits(chunk=8))
     shared = prompt(21, 1)

@@ -40,11 +40,6 @@ class _Storage:
         return self._data
 
 
-def with_spare(length: int) -> int:
-    """Entries to make room for where there are so many."""
-    return length + max(32, length // 4)
-
-
 class Growing:
     """A tensor `[B, S, ...]` that grows along S; appending gives a new value and leaves the old one as it was.
 
@@ -63,13 +58,6 @@ class Growing:
         """The tensor `make() [B, length, ...]`, made when it is first looked at: training never looks."""
         grown = cls.__new__(cls)
         grown._storage, grown._length, grown._stamp = _Storage(make), length, 0
-        return grown
-
-    @classmethod
-    def beginning(cls, room: Tensor, length: int) -> Growing:
-        """The first `length` entries of `room [B, S or more, ...]`, which has space for more behind them."""
-        grown = cls(room)
-        grown._length = length
         return grown
 
     @property
@@ -101,7 +89,7 @@ class Growing:
         frozen = storage.data.is_inference() and not torch.is_inference_mode_enabled()
         if storage.stamp != self._stamp or length > storage.data.shape[1] or frozen:
             shape = list(self.tensor.shape)
-            shape[1] = with_spare(length)
+            shape[1] = length + max(32, length // 4)
             data = storage.data.new_zeros(shape)
             data[:, : self._length] = self.tensor
             storage = _Storage(data)

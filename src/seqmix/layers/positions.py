@@ -81,7 +81,7 @@ def _turns(
     """What the channels and their partners are multiplied by: cos and signed sin, both [(B,) T, 1, d]."""
     is_plain = type(positions) is Tensor and positions.is_cpu and not torch.compiler.is_compiling()
     if not is_plain or positions.numel() > FEW or transformed():
-        return _compute_turns(positions, base, width, stretch, dtype)
+        return compute_turns(positions, base, width, stretch, dtype)
     values, shape = tuple(positions.flatten().tolist()), tuple(positions.shape)
     return turns_of_few(values, shape, base, width, stretch, dtype)
 
@@ -101,12 +101,13 @@ def turns_of_few(
     """
     with torch.inference_mode(False):  # what is kept must do for training too
         positions = torch.tensor(values, device="cpu").view(shape)
-        return _compute_turns(positions, base, width, stretch, dtype)
+        return compute_turns(positions, base, width, stretch, dtype)
 
 
-def _compute_turns(
+def compute_turns(
     positions: Tensor, base: float, width: int, stretch: Stretch | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """The same of `positions`, which are not kept."""
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     frequencies = base**-exponents
     if stretch is not None:

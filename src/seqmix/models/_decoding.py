@@ -17,12 +17,12 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from seqmix.channels.glu import GatedLinearUnit
-from seqmix.core.state import Growing, State, with_spare
+from seqmix.core.state import Growing, State
 from seqmix.kernels import decoding
 from seqmix.kernels._custom import needs_no_dispatcher
 from seqmix.kernels._native import native
 from seqmix.layers.norm import RMSNorm
-from seqmix.layers.positions import turns_of_few
+from seqmix.layers.positions import FEW, Stretch, compute_turns, turns_of_few
 from seqmix.linears.int4 import Int4
 from seqmix.linears.int8 import Int8
 from seqmix.mixers.attention import Attention
@@ -35,6 +35,19 @@ if TYPE_CHECKING:
 # Tokens of all texts, of the dtypes that kernels read. With more, PyTorch multiplies as fast in float32; in bfloat16 it
 # is slow on most processors.
 MOST = {torch.float32: 512, torch.bfloat16: 4096}
+PADDED = 4  # times as many tokens as there are, where all packed texts were as long as the longest, at most
+
+
+class _Memory(NamedTuple):
+    """What attention reads and writes beside its weights.
+
+    `after` is the state with room for what is new, `places` are the positions of what is new and their shape, [B, T] or
+    [1, T] if they are those of all texts, and `bounds` are those of packed texts.
+    """
+
+    after: dict[str, Any]
+    places: tuple[tuple[int, ...], tuple[int, int]]
+    bounds: Tensor | None = None
 
 
 class _Halves(NamedTuple):
@@ -74,20 +87,43 @@ class _Call:
     def __init__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
         self.x = x
         self.cu_seqlens = cu_seqlens
+        self._many: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self.width = x.shape[-1]
         self._halves: list[tuple[decoding.Half, decoding.Memory]] = []
         self._forms: frozenset[str] = frozenset()
 
     def attend(self, half: decoding.Half, attention: Any, state: State) -> State:
         """Adds a half of attention, to the state after it; None, and nothing is added, where the state does not fit."""
+        c = attention.config
         if self.cu_seqlens is None:
-            memory = _memory(attention, self.x, state)
+            memory = _memory(c, self.x, state)
         else:
-            memory = _packed_memory(attention, self.x, state, self._texts)
+            memory = _packed_memory(c, self.x, state, self._texts)
         if memory is None:
             return None
-        self.add(half, memory[0])
-        return memory[1]
+        turns: tuple[Any, Any] = (None, None)
+        if c.rope_base is not None:
+            turns = self._turns(*memory.places, c.rope_base, c.turning, attention.stretch)
+        keys, values, start = (memory.after[name] for name in ("keys", "values", "start"))
+        self.add(half, (keys.room, values.room, keys.length, start, *turns, memory.bounds))
+        return memory.after
+
+    def _turns(
+        self,
+        places: tuple[int, ...],
+        shape: tuple[int, int],
+        base: float,
+        width: int,
+        stretch: Stretch | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of these places: of many once for all layers of the call."""
+        if len(places) <= FEW:
+            return turns_of_few(places, shape, base, width, stretch, torch.float32)
+        key = (places, base, width, stretch)
+        if key not in self._many:
+            positions = torch.tensor(places, device="cpu").view(shape)
+            self._many[key] = compute_turns(positions, base, width, stretch, torch.float32)
+        return self._many[key]
 
     @cached_property
     def _texts(self) -> Packing:
@@ -205,68 +241,62 @@ def _channel_half(block: Block, x: Tensor, width: int) -> decoding.Half | None:
     return decoding.Half(norm, eps, layers[:-1], layers[-1], shortcut)
 
 
-def _memory(attention: Any, x: Tensor, state: State) -> tuple[decoding.Memory, State] | None:
-    """What attention reads and writes beside its weights, and the state after; None for a state that does not fit x.
-
-    Without a state x is the beginning of texts.
-    """
+def _memory(config: Any, x: Tensor, state: State) -> _Memory | None:
+    """For tokens x [B, T, D] after a state, or at the beginning of texts; None for a state that does not fit."""
+    rows, tokens = x.shape[:2]
     if state is None:
-        state = attention.initial_state(x.shape[0], x)
-    if not _is_state(state, x.shape[0], x, attention.config):
+        after = _empty_room(config, x, rows, tokens)
+        return _Memory(after, (tuple(range(tokens)), (1, tokens)))
+    if not _is_state(state, rows, x, config):
         return None
-    tokens, start = x.shape[1], state["start"]
-    keys, values = state["keys"].extended(tokens), state["values"].extended(tokens)
-    first, starts = keys.length - tokens, start.tolist()
+    first, starts = state["keys"].length, state["start"].tolist()
+    after = state | {name: state[name].extended(tokens) for name in ("keys", "values")}
     if len({*starts}) == 1:
         del starts[1:]
     places = tuple([first - begin + t for begin in starts for t in range(tokens)])
-    turns = _turns(attention, places, (len(starts), tokens))
-    after = {"keys": keys, "values": values, "start": start}
-    return (keys.room, values.room, keys.length, start, *turns, None), after
+    return _Memory(after, (places, (len(starts), tokens)))
 
 
-def _packed_memory(
-    attention: Any, x: Tensor, state: State, texts: Packing
-) -> tuple[decoding.Memory, State] | None:
-    """The same of texts of several lengths, packed in x [1, total, D]. Their rows end together again."""
-    new = texts.lengths.tolist()
+def _packed_memory(config: Any, x: Tensor, state: State, texts: Packing) -> _Memory | None:
+    """The same of texts of several lengths, packed in x [1, total, D]. Their rows end together again.
+
+    None as well for texts of very different lengths, which would take the room of many long ones.
+    """
+    new, rows = texts.lengths.tolist(), texts.num_texts
+    if rows * texts.longest > PADDED * x.shape[1]:
+        return None
     if state is None:
-        state = attention.initial_state(len(new), x)
-    if not _is_state(state, len(new), x, attention.config):
+        state = _empty_room(config, x, rows, 0)
+    if not _is_state(state, rows, x, config):
         return None
     before = state["keys"].length
     held = [before - begin for begin in state["start"].tolist()]
     total = [old + count for old, count in zip(held, new, strict=True)]
     longest = max(total)
-
-    def moved(old: Growing) -> Growing:
-        from_all = old.tensor
-        room = from_all.new_zeros(len(new), with_spare(longest), *from_all.shape[2:])
+    after: dict[str, Any] = {}
+    for name in ("keys", "values"):
+        old = state[name].tensor
+        room = old.new_zeros(rows, longest, *old.shape[2:])
         for row, (some, every) in enumerate(zip(held, total, strict=True)):
             if some:
                 begin = longest - every
-                room[row, begin : begin + some] = from_all[row, before - some :]
-        return Growing.beginning(room, longest)
-
-    keys, values = moved(state["keys"]), moved(state["values"])
-    start = longest - torch.tensor(total)
+                room[row, begin : begin + some] = old[row, before - some :]
+        after[name] = Growing(room)
+    after["start"] = longest - torch.tensor(total, device="cpu")
     places = tuple([old + t for old, count in zip(held, new, strict=True) for t in range(count)])
-    turns, bounds = _turns(attention, places, (1, len(places))), texts.bounds
-    after = {"keys": keys, "values": values, "start": start}
-    return (keys.room, values.room, longest, start, *turns, bounds), after
+    return _Memory(after, (places, (1, len(places))), texts.bounds)
 
 
-def _turns(attention: Any, places: tuple[int, ...], shape: tuple[int, int]) -> tuple[Any, Any]:
-    """Cosines and signed sines of these places, or nothing where none turn."""
-    c = attention.config
-    if c.rope_base is None:
-        return None, None
-    return turns_of_few(places, shape, c.rope_base, c.turning, attention.stretch, torch.float32)
+def _empty_room(config: Any, x: Tensor, rows: int, length: int) -> dict[str, Any]:
+    """The state of attention after so many tokens that are not there yet."""
+    shape = rows, length, config.groups, config.head_width
+    kept = {name: Growing(x.new_empty(shape)) for name in ("keys", "values")}
+    return {**kept, "start": torch.zeros(rows, dtype=torch.long, device="cpu")}
 
 
 def head_step(head: nn.Module, features: Tensor) -> Tensor | None:
-    """Features [B, T, D] of a few tokens to their logits [B, T, V]; None where no kernel does it."""
-    if type(head) is not nn.Linear or features.ndim != 3 or not _is_few(features):
+    """Features [B, T, D] to their logits [B, T, V]; None where no kernel does it, or they are many."""
+    if type(head) is not nn.Linear or not _is_few(features):
         return None
     weight, bias = head.weight, head.bias
     if weight.dtype != features.dtype or weight.shape[1] != features.shape[-1]:
@@ -280,7 +310,9 @@ def _is_few(x: Tensor) -> bool:
     """Whether there are kernels for such tokens, and they are worth their while."""
     if native is None or torch.is_grad_enabled() or not needs_no_dispatcher(x, (x,)):
         return False
-    if not 0 < x.shape[0] * x.shape[1] <= MOST.get(x.dtype, 0) or x.stride(-1) != 1:
+    if x.ndim != 3 or not 0 < x.shape[0] * x.shape[1] <= MOST.get(x.dtype, 0):
+        return False
+    if x.stride(-1) != 1:
         return False
     return not (torch.is_autocast_enabled("cpu") or _has_any_global_hook())
 
@@ -319,9 +351,12 @@ def _is_plain(tensor: Tensor | None) -> bool:
 
 def _is_state(state: State, rows: int, x: Tensor, config: Any) -> bool:
     """Whether a state of attention is one of so many texts, in the dtype of x."""
+    if not all(_is_kept(state[name], rows, x, config) for name in ("keys", "values")):
+        return False
     start: Tensor = state["start"]
-    kept = (_is_kept(state[name], rows, x, config) for name in ("keys", "values"))
-    return all(kept) and start.is_contiguous() and len(start) == rows
+    if type(start) is not Tensor or not start.is_cpu or start.dtype != torch.int64:
+        return False
+    return start.is_contiguous() and start.shape == (rows,)
 
 
 def _is_kept(kept: Any, rows: int, x: Tensor, config: Any) -> bool:

@@ -72,7 +72,7 @@ class SeqmixReader:
             return features, None, state
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         packed = self.model.embedding(torch.tensor([[*chain.from_iterable(texts)]]))
-        features, state = backbone(packed, state, cu_seqlens=ends)
+        features, state = backbone(packed, state, cu_seqlens=ends, known=self.known)
         return features, ends, state
 
     @torch.inference_mode()

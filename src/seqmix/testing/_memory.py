@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 GUARD = 256  # bytes before and after: four of the widest vectors
 POISON = 0xFF  # in every byte: a NaN in every floating dtype, -1 in every integer dtype
 _MAKERS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+_ZERO_MAKERS = [(torch, "zeros"), (torch, "zeros_like"), (Tensor, "new_zeros")]
 
 
 @contextmanager
@@ -41,7 +43,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Inside, what `torch.empty` and its relatives give is NaN and lies between guard words.
+    """Inside, what `torch.empty` and its relatives give is NaN and lies between guard words; what `torch.zeros` gives
+    lies between them too.
 
     Raises `AssertionError` at the end if a guard word has been written to.
     """
@@ -54,11 +57,11 @@ def guarded_memory() -> Iterator[None]:
         buffer = torch.full((GUARD + size + GUARD,), POISON, dtype=torch.uint8)
         buffers.append(buffer)
         offset = GUARD // tensor.element_size()
-        guarded = torch.zeros(0, dtype=tensor.dtype)
+        guarded = torch.tensor([], dtype=tensor.dtype)
         guarded.set_(buffer.untyped_storage(), offset, tensor.shape, tensor.stride())
         return guarded.requires_grad_(tensor.requires_grad)
 
-    with _changed_makers(guard):
+    with _changed_makers(guard), _changed_makers(lambda zeros: guard(zeros).zero_(), _ZERO_MAKERS):
         yield
     for buffer in buffers:
         for where, words in (("before", buffer[:GUARD]), ("after", buffer[-GUARD:])):
@@ -83,11 +86,13 @@ def surrounded(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _changed_makers(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _changed_makers(
+    change: Callable[[Tensor], Tensor], makers: Sequence[tuple[Any, str]] = _MAKERS
+) -> Iterator[None]:
     def changed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *sizes, **options: change(make(*sizes, **options))
 
     with ExitStack() as stack:
-        for place, name in _MAKERS:
+        for place, name in makers:
             stack.enter_context(patch.object(place, name, changed(getattr(place, name))))
         yield
