@@ -15,8 +15,8 @@ from seqmix.generate._reader import reader_of
 from seqmix.kernels import missing
 from seqmix.linears import replace_layer
 from seqmix.linears.int8 import Int8
-from seqmix.models import _decoding
-from seqmix.models._decoding import KnownBlocks
+from seqmix.models import _halves
+from seqmix.models._halves import KnownBlocks
 from seqmix.models.backbone import Block
 from seqmix.models.hf import create
 from seqmix.serve.reader import SeqmixReader
@@ -196,9 +196,9 @@ def test_readers_look_at_blocks_once(of, monkeypatch):
     model, looked, real = (
         create("2x[attention]", width=60, heads=6, vocabulary=50),
         [],
-        _decoding._halves,
+        _halves.halves_of,
     )
-    monkeypatch.setattr(_decoding, "_halves", lambda *given: looked.append(given) or real(*given))
+    monkeypatch.setattr(_halves, "halves_of", lambda *given: looked.append(given) or real(*given))
     reader, ids = of(model.eval()), tokens(1, 20)
     with torch.inference_mode():
         given = ids.tolist() if of is SeqmixReader else ids
@@ -311,9 +311,9 @@ def test_what_kernels_do_not_read_is_no_matter(part_by_part, compiled_calls):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_weights_in_dtypes_that_kernels_do_not_read_are_left_to_pytorch(dtype):
     mixer = build("attention").backbone.blocks[0].mixer
-    assert _decoding._layers(mixer, "query") is not None
+    assert _halves._layers(mixer, "query") is not None
     mixer.query.to(dtype)
-    assert _decoding._layers(mixer, "query") is None
+    assert _halves._layers(mixer, "query") is None
 
 
 class Seen(TorchDispatchMode):

@@ -18,7 +18,7 @@ from torch import Tensor, cat, tensor
 from seqmix.core.errors import ConfigError
 from seqmix.core.state import State, select_rows
 from seqmix.core.tree import Tree
-from seqmix.models._decoding import KnownBlocks
+from seqmix.models._halves import KnownBlocks
 from seqmix.models.hf import SeqmixForCausalLM
 
 if TYPE_CHECKING:

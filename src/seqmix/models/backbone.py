@@ -30,7 +30,8 @@ from seqmix.layers.norm import NORMS
 from seqmix.layers.positions import LearnedPositions
 from seqmix.linears import linear_cost, replace_layers
 from seqmix.mixers import MIXERS, Mixer
-from seqmix.models._decoding import KnownBlocks, blocks_step, channel_step, head_step, mixer_step
+from seqmix.models._decoding import blocks_step, channel_step, head_step, mixer_step
+from seqmix.models._halves import KnownBlocks
 from seqmix.models.layout import Entry, Part, parse_layout, parse_part, write_layout
 
 RESIDUALS = ("pre", "parallel", "sandwich", "post")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqmix.core.state import State, concatenate_rows, select_rows
-from seqmix.models._decoding import KnownBlocks
+from seqmix.models._halves import KnownBlocks
 from seqmix.models.hf import SeqmixForCausalLM
 
 Texts = Sequence[Sequence[int]]
