@@ -1,11 +1,13 @@
 """Serving long contexts: the formulas, and that they hold for every kind of state."""
 
+from mmap import ACCESS_READ, mmap
+
 import pytest
 import torch
 
 from seqmix.core.errors import ConfigError
 from seqmix.measure.deployment import A100, Deployment, Hardware, Session, this_machine
-from seqmix.measure.memory import resident_bytes, return_freed
+from seqmix.measure.memory import allocated_bytes, resident_bytes, return_freed
 from seqmix.models.backbone import ModelSpec, count_parameters
 
 SMALL = {"width": 64, "depth": 2, "heads": 2}
@@ -91,10 +93,20 @@ def test_freed_memory_goes_back_so_that_what_is_allocated_next_counts():
     held = [torch.ones(2**18) for _ in range(64)]  # one MiB each
     del held
     return_freed()
-    before = resident_bytes()
+    before = allocated_bytes()
     held = [torch.ones(2**18) for _ in range(64)]
-    grown = resident_bytes() - before
+    grown = allocated_bytes() - before
     assert grown == pytest.approx(sum(t.numel() * t.element_size() for t in held), rel=0.1)
+
+
+def test_pages_of_files_are_not_allocated(tmp_path):
+    size = 64 << 20
+    (tmp_path / "file").write_bytes(bytes(size))
+    before, resident = allocated_bytes(), resident_bytes()
+    with open(tmp_path / "file", "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
+        assert sum(pages[:: 1 << 12]) == 0  # reads every page
+        assert resident_bytes() - resident > size / 4
+        assert abs(allocated_bytes() - before) < size / 8
 
 
 def test_this_machine_is_measured():

@@ -12,7 +12,7 @@ import torch
 from seqmix.claims._claim import Claim, Finding, Run, Verdict
 from seqmix.core.state import fork, leaves, num_bytes
 from seqmix.measure.deployment import A100, Deployment, Hardware, this_machine
-from seqmix.measure.memory import resident_bytes, return_freed
+from seqmix.measure.memory import allocated_bytes, return_freed
 from seqmix.measure.speed import CHUNK, inference_speed, prefill
 from seqmix.measure.timing import time_calls
 from seqmix.models.backbone import LanguageModel, ModelSpec
@@ -119,9 +119,9 @@ def measured(run: Run, name: str, layout: str) -> dict[str, Any]:
         state = prefill(model, ids)
         switching[str(context)] = switch_seconds(state, run["waiting_bytes"], run["seconds"])
         return_freed()
-        before = resident_bytes()
+        before = allocated_bytes()
         users = fork(state, USERS)
-        resident[str(context)] = {"grown": resident_bytes() - before, "state": num_bytes(users)}
+        resident[str(context)] = {"grown": allocated_bytes() - before, "state": num_bytes(users)}
         del users
     keys = ("flops_per_second", "bytes_per_second", "swap_bytes_per_second")
     return {

@@ -52,6 +52,15 @@ def resident_bytes() -> int:
     return _status("VmRSS") or peak_bytes()
 
 
+def allocated_bytes() -> int:
+    """Memory that this process has allocated and written to; where the system does not tell, its resident memory.
+
+    Unlike resident memory it counts no pages of files, such as libraries, which the system takes away and brings back
+    as it likes, and it counts what has been swapped out.
+    """
+    return _status("RssAnon") + _status("VmSwap") or resident_bytes()
+
+
 def peak_bytes() -> int:
     """The largest resident memory of this process since it started (or since a `PeakMemory` began).
 
@@ -67,7 +76,7 @@ def peak_bytes() -> int:
 def return_freed() -> None:
     """Gives memory that was freed back to the system, where the C library can (glibc).
 
-    Without it, what is allocated next may take none from the system, and resident memory does not grow.
+    Without it, what is allocated next may take none from the system, and `allocated_bytes` does not grow.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
